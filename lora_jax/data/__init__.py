@@ -1,0 +1,1 @@
+"""Data: sources, formats, templates with loss masks, packing, batches."""

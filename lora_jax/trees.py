@@ -1,0 +1,58 @@
+"""Trees of parameters: partial trees, paths, counts.
+
+A *partial* tree has the structure of a full one with `None` where a leaf is
+missing. Frozen and trainable parameters are two partial trees of one whole:
+
+  adapters = {"q_proj": LoRA(a=A, b=B, scale=s)}
+  trainable = {"q_proj": LoRA(a=A, b=B, scale=None)}
+  frozen = {"q_proj": LoRA(a=None, b=None, scale=s)}
+  combine(trainable, frozen) == adapters
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+
+from lora_jax import types
+
+
+def combine(first: types.Tree, second: types.Tree) -> types.Tree:
+  """Leaves of `first`, and those of `second` where `first` holds `None`.
+
+  Either tree may hold `None` in place of a whole subtree.
+  """
+  if first is None:
+    return second
+  if second is None:
+    return first
+  children, structure = jax.tree.flatten(
+      first, is_leaf=lambda node: node is not first)
+  if jax.tree_util.all_leaves([first]):
+    return first
+  others = structure.flatten_up_to(second)
+  return structure.unflatten(
+      [combine(a, b) for a, b in zip(children, others, strict=True)])
+
+
+def path_str(path: tuple) -> str:
+  """`layers.q_proj.a` for a key path of `jax.tree_util`."""
+  return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def paths(tree: types.Tree) -> dict[str, types.Array]:
+  """Leaves by dotted path, in the tree's order."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {path_str(path): leaf for path, leaf in leaves}
+
+
+def size(tree: types.Tree) -> int:
+  """Number of elements in all leaves."""
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def nbytes(tree: types.Tree) -> int:
+  """Bytes held by all leaves."""
+  return sum(
+      math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -1,0 +1,1 @@
+"""Assets made by others: where they come from, their licences and hashes."""
