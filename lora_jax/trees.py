@@ -27,13 +27,11 @@ def combine(first: types.Tree, second: types.Tree) -> types.Tree:
     return second
   if second is None:
     return first
-  children, structure = jax.tree.flatten(
-      first, is_leaf=lambda node: node is not first)
   if jax.tree_util.all_leaves([first]):
     return first
-  others = structure.flatten_up_to(second)
-  return structure.unflatten(
-      [combine(a, b) for a, b in zip(children, others, strict=True)])
+  # One level of `first`; its children, None among them, count as leaves.
+  return jax.tree.map(
+      combine, first, second, is_leaf=lambda node: node is not first)
 
 
 def path_str(path: tuple) -> str:

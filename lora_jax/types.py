@@ -17,10 +17,8 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 from flax import struct
-import jax
-import numpy as np
 
-Array: TypeAlias = jax.Array | np.ndarray
+Array: TypeAlias = Any  # A jax.Array, or a np.ndarray on the host.
 Tree: TypeAlias = Any  # A pytree of arrays.
 
 

@@ -1,0 +1,29 @@
+"""Quantised weights: NF4, FP4, INT4, INT8, with nested statistics.
+
+  spec = quant.QuantSpec(format="nf4", block_size=64, double=True)
+  w = quant.quantize(weight, spec)   # [i, o] -> QuantizedArray
+  y = quant.matmul(x, w)             # [..., i] -> [..., o]
+
+A new format is one file with a subclass of `QuantizedArray` and one row of
+`FORMATS`.
+"""
+
+from lora_jax.quant.base import QuantizedArray
+from lora_jax.quant.base import QuantSpec
+from lora_jax.quant.linear import matmul
+from lora_jax.quant.registry import bits_per_parameter
+from lora_jax.quant.registry import check
+from lora_jax.quant.registry import dequantize
+from lora_jax.quant.registry import FORMATS
+from lora_jax.quant.registry import quantize
+
+__all__ = [
+    "FORMATS",
+    "QuantSpec",
+    "QuantizedArray",
+    "bits_per_parameter",
+    "check",
+    "dequantize",
+    "matmul",
+    "quantize",
+]

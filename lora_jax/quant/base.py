@@ -1,0 +1,200 @@
+"""The frame shared by all formats: blocks along `i`, and packing.
+
+A weight `[i, o]` is cut along `i` into blocks of `block_size` rows; each
+column of a block is quantised by itself. Where `block_size` does not divide
+`i`, the last block is a short tail. Two 4-bit codes share a byte: byte row `r`
+of a block of `n` rows holds row `r` in its low nibble and row `r + n / 2` in
+its high one, so that a tile of bytes and a row of scales make whole blocks,
+and a layer can be sharded along either axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+from typing import ClassVar
+from typing import NamedTuple
+from typing import Self
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from lora_jax import errors
+from lora_jax import types
+from lora_jax.quant import double
+from lora_jax.quant import exact
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantSpec:
+  """How to quantise a weight.
+
+  Attributes:
+    format: a key of `registry.FORMATS`, or `"none"`.
+    block_size: rows of a block, an even number.
+    double: whether the statistics of the blocks are quantised to 8 bits too.
+  """
+
+  format: str = "nf4"
+  block_size: int = 64
+  double: bool = True
+
+  def __post_init__(self):
+    size = self.block_size
+    if not isinstance(size, int) or size < 2 or size % 2:
+      raise errors.UserError(
+          f"quant.block_size={size!r} is not an even number of 2 or more; "
+          "use 64 (or 32, 128, 256)")
+
+
+class Span(NamedTuple):
+  """Neighbouring blocks of one size: `number` of `size` rows from `row` on."""
+
+  block: int
+  row: int
+  number: int
+  size: int
+
+
+def spans(in_features: int, block_size: int) -> list[Span]:
+  """`(576, 128)` -> four blocks of 128, then one of 64; at most two spans."""
+  number, tail = divmod(in_features, block_size)
+  both = [Span(0, 0, number, block_size),
+          Span(number, number * block_size, 1, tail)]
+  return [span for span in both if span.number and span.size]
+
+
+def pack(codes: jax.Array) -> jax.Array:
+  """uint8 nibbles `[n, size, o]` -> bytes `[n * size / 2, o]`."""
+  n, size, out = codes.shape
+  low, high = codes[:, : size // 2], codes[:, size // 2 :]
+  return (low | (high << 4)).reshape(n * size // 2, out)
+
+
+def unpack(packed: jax.Array, size: int) -> jax.Array:
+  """bytes `[n * size / 2, o]` -> uint8 nibbles `[n, size, o]`.
+
+  A broadcast shift instead of a concatenation keeps this one loop that XLA
+  fuses with whatever follows.
+  """
+  shift = jnp.asarray([0, 4], jnp.uint8).reshape(1, 2, 1, 1)
+  halves = packed.reshape(-1, 1, size // 2, packed.shape[-1]) >> shift
+  return (halves & 15).reshape(-1, size, packed.shape[-1])
+
+
+@struct.dataclass(kw_only=True)
+class QuantizedArray:
+  """A weight `[i, o]` stored in few bits; a format is a subclass.
+
+  No shape is kept beside the arrays: inside a scan they lose their leading
+  axis, and static metadata would lie. All arrays may carry leading axes, as in
+  `[l, i, o]`.
+
+  A format gives `encode` and `decode`, and may override `matmul` and
+  `matmul_transposed` with a kernel.
+
+  Attributes:
+    codes: uint8 `[i / 2, o]` with two codes a byte, or int8 `[i, o]`.
+    scales: float32 `[q, o]`, or the same nested.
+    block_size: rows of a block.
+  """
+
+  CODES_PER_BYTE: ClassVar[int] = 2
+
+  codes: types.Array
+  scales: double.Statistic
+  block_size: int = struct.field(pytree_node=False, default=64)
+
+  @classmethod
+  def encode(cls, w: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Codes `[n, size, o]` and statistics `[n, o]` by field name of float32
+    blocks `[n, size, o]`."""
+    raise TypeError(f"{cls.__name__} is the protocol, not a format")
+
+  @classmethod
+  def decode(
+      cls, codes: jax.Array, statistics: dict[str, jax.Array]
+  ) -> jax.Array:
+    """float32 `[n, size, o]` of codes and statistics `[n, 1, o]`."""
+    raise TypeError(f"{cls.__name__} is the protocol, not a format")
+
+  @classmethod
+  def quantize(cls, w: jax.Array, spec: QuantSpec) -> Self:
+    """Quantises `w` `[i, o]` of any float dtype.
+
+    Raises:
+      errors.UserError: if two codes share a byte and `i` is odd.
+    """
+    rows, out = w.shape
+    if rows % cls.CODES_PER_BYTE:
+      raise errors.UserError(
+          f"in_features={rows} of a weight {list(w.shape)} is odd, and "
+          f'quant.format="{spec.format}" packs two rows a byte; use "int8" or '
+          "leave this weight out")
+    codes, statistics = [], []
+    for span in spans(rows, spec.block_size):
+      block = w[span.row : span.row + span.number * span.size]
+      block = block.reshape(span.number, span.size, out).astype(jnp.float32)
+      block = jnp.where(jnp.isfinite(block), block, jnp.nan)
+      code, statistic = cls.encode(block)
+      codes.append(pack(code) if cls.CODES_PER_BYTE == 2
+                   else code.reshape(-1, out))
+      statistics.append(statistic)
+    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *statistics)
+    stored = {name: double.nest(x) if spec.double else x
+              for name, x in joined.items()}
+    return cls(
+        codes=jnp.concatenate(codes), block_size=spec.block_size, **stored)
+
+  def statistics(self) -> dict[str, jax.Array]:
+    """What `decode` takes: float32 `[q, o]` by field name."""
+    return {"scales": double.unnest(self.scales)}
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """`(i, o)`, after the leading axes if there are any."""
+    *lead, rows, out = self.codes.shape
+    return (*lead, rows * self.CODES_PER_BYTE, out)
+
+  @property
+  def ndim(self) -> int:
+    return self.codes.ndim
+
+  @property
+  def in_features(self) -> int:
+    return self.shape[-2]
+
+  @property
+  def out_features(self) -> int:
+    return self.shape[-1]
+
+  def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
+    """The weight `[i, o]`, after the leading axes if there are any.
+
+    Computed in float32 and rounded once to `dtype`; equal to numpy's
+    multiply-then-add bit for bit, inside jit and scan as well.
+    """
+    if self.ndim > 2:
+      return jax.vmap(lambda w: w.dequantize(dtype))(self)
+    statistics = self.statistics()
+    parts = []
+    for span in spans(self.in_features, self.block_size):
+      first = span.row // self.CODES_PER_BYTE
+      count = span.number * span.size // self.CODES_PER_BYTE
+      codes = jnp.asarray(self.codes)[first : first + count]
+      codes = (unpack(codes, span.size) if self.CODES_PER_BYTE == 2
+               else codes.reshape(span.number, span.size, -1))
+      blocks = slice(span.block, span.block + span.number)
+      values = self.decode(
+          codes, {name: x[blocks, None] for name, x in statistics.items()})
+      parts.append(exact.cast(values, dtype).reshape(-1, self.out_features))
+    return jnp.concatenate(parts)
+
+  def matmul(self, x: jax.Array) -> jax.Array:
+    """`x [..., i] @ w` in `x`'s dtype -> `[..., o]`."""
+    return x @ self.dequantize(x.dtype)
+
+  def matmul_transposed(self, g: jax.Array) -> jax.Array:
+    """`g [..., o] @ w.T` in `g`'s dtype -> `[..., i]`."""
+    return g @ self.dequantize(g.dtype).T
