@@ -1,0 +1,17 @@
+"""PEFT methods: small trainable trees beside a frozen base."""
+
+from lora_jax.adapters.base import Adapter
+from lora_jax.adapters.base import Adapters
+from lora_jax.adapters.base import join
+from lora_jax.adapters.base import Noise
+from lora_jax.adapters.base import project
+from lora_jax.adapters.base import split
+from lora_jax.adapters.base import trainable_size
+from lora_jax.adapters.config import AdapterConfig
+from lora_jax.adapters.registry import build
+from lora_jax.adapters.registry import METHODS
+
+__all__ = [
+    "METHODS", "Adapter", "AdapterConfig", "Adapters", "Noise", "build",
+    "join", "project", "split", "trainable_size",
+]

@@ -1,0 +1,177 @@
+"""The hooks of a PEFT method, and the tree they live in.
+
+An `Adapter` is a `flax.struct` dataclass whose array fields belong to one
+projection. Fields made with `frozen()` are values the method needs but does
+not train (scales, rates, ranks): they are traced, so a study varies them
+without compiling again, and `split` keeps them out of the optimiser:
+
+  Adapters({"q_proj": LoRA(a, b, scale, rate)})
+  -> trainable Adapters({"q_proj": LoRA(a, b, None, None)})
+  -> frozen    Adapters({"q_proj": LoRA(None, None, scale, rate)})
+
+Nothing is intercepted: every projection of a model is one call
+`project(x, weight, adapter)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+import zlib
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from lora_jax import quant
+from lora_jax import trees
+from lora_jax import types
+
+
+def frozen() -> Any:
+  """A field that is carried and traced, but not trained."""
+  return struct.field(metadata={"trainable": False})
+
+
+@struct.dataclass
+class Noise:
+  """Counter-based randomness that packing and sharding cannot move.
+
+  Every token's mask depends on (seed, step, layer, target, global example
+  id, position in the example) and on nothing else: not on the row a token
+  was packed into, nor on the micro-batch or device it landed on.
+
+  Attributes:
+    key: PRNG key, already folded with the step.
+    example_ids: `[b, t]` int32.
+    positions: `[b, t]` int32.
+  """
+
+  key: jax.Array
+  example_ids: types.Array
+  positions: types.Array
+
+  def at_layer(self, layer: types.Array) -> Noise:
+    return dataclasses.replace(
+        self, key=jax.random.fold_in(self.key, layer))
+
+  def for_target(self, target: str) -> Noise:
+    # A digest of the name, so that adding a target moves no other's mask.
+    index = zlib.crc32(target.encode()) & 0x7FFFFFFF
+    return dataclasses.replace(
+        self, key=jax.random.fold_in(self.key, index))
+
+  def dropout(self, x: types.Array, rate: types.Array) -> types.Array:
+    """Inverted dropout of `x [b, t, i]` at a traced `rate []`."""
+
+    def bits(example, position):
+      key = jax.random.fold_in(self.key, example)
+      key = jax.random.fold_in(key, position)
+      return jax.random.uniform(key, x.shape[-1:])
+
+    draw = jax.vmap(jax.vmap(bits))(self.example_ids, self.positions)
+    keep = draw >= rate
+    return jnp.where(keep, x / (1.0 - rate).astype(x.dtype), 0)
+
+
+@struct.dataclass
+class Adapter:
+  """Base of all methods' per-projection parameters; see `LoRA`.
+
+  A *projection* method implements:
+    apply(x [..., i], weight, noise) -> [..., o]: the adapted product.
+    merge(weight) -> [i, o]: a plain weight with the same effect.
+  """
+
+  # PEFT's `peft_type`; None where Hugging Face PEFT has no counterpart.
+  peft_type: ClassVar[str | None] = None
+
+  def apply(
+      self, x: types.Array, weight: types.Tree, noise: Noise | None = None
+  ) -> types.Array:
+    raise TypeError(f"{type(self).__name__} adapts no projection")
+
+  def merge(self, weight: types.Tree) -> types.Array:
+    raise TypeError(f"{type(self).__name__} cannot be merged")
+
+  def to_peft(self, embedding: bool = False) -> dict[str, types.Array]:
+    """PEFT's tensors of one unstacked module, by name suffix."""
+    raise TypeError(f"{type(self).__name__} has no counterpart in PEFT")
+
+  @classmethod
+  def from_peft(cls, tensors, width: int, frozen) -> Adapter:
+    """Inverse of `to_peft`; see `LoRA.from_peft`."""
+    raise TypeError(f"{cls.__name__} has no counterpart in PEFT")
+
+  def size(self) -> int:
+    """Trainable parameters; padding does not count."""
+    return trees.size(_select(self, True))
+
+
+@struct.dataclass
+class Adapters:
+  """Everything a run trains, beside the frozen base.
+
+  Attributes:
+    layers: adapters of the scanned layers by target name, leaves `[l, ...]`.
+    outer: adapters of `embed_tokens` and `lm_head`.
+    overrides: a partial base tree; its leaves are trained in place of the
+      base's (full fine-tuning; `None` for methods that override nothing).
+  """
+
+  layers: dict[str, Any] = struct.field(default_factory=dict)
+  outer: dict[str, Any] = struct.field(default_factory=dict)
+  overrides: Any = None
+
+
+def project(
+    x: types.Array,
+    weight: types.Tree,
+    adapter: Adapter | None = None,
+    noise: Noise | None = None,
+) -> types.Array:
+  """`x [..., i]` through a frozen, perhaps quantised, adapted weight.
+
+  Args:
+    x: `[..., i]`.
+    weight: `[i, o]`, an array or a `quant.QuantizedArray`.
+    adapter: this projection's adapter, or None.
+    noise: randomness of a training step; None is deterministic.
+
+  Returns:
+    `[..., o]` in `x.dtype`, without the bias.
+  """
+  if adapter is None:
+    return quant.matmul(x, weight)
+  return adapter.apply(x, weight, noise)
+
+
+def split(adapters: types.Tree) -> tuple[types.Tree, types.Tree]:
+  """(trainable, frozen): partial trees that `trees.combine` joins again."""
+  return _select(adapters, True), _select(adapters, False)
+
+
+def _select(tree: types.Tree, trainable: bool) -> types.Tree:
+  def pick(node):
+    if not isinstance(node, Adapter):
+      return node if trainable else None
+    return dataclasses.replace(node, **{
+        field.name: None
+        for field in dataclasses.fields(node)
+        if field.metadata.get("pytree_node", True)
+        and field.metadata.get("trainable", True) != trainable})
+
+  return jax.tree.map(pick, tree, is_leaf=lambda x: isinstance(x, Adapter))
+
+
+def join(trainable: types.Tree, frozen_part: types.Tree) -> types.Tree:
+  """Inverse of `split`."""
+  return trees.combine(trainable, frozen_part)
+
+
+def trainable_size(adapters: types.Tree) -> int:
+  """Trainable parameters of a whole tree; padding does not count."""
+  is_adapter = lambda x: isinstance(x, Adapter)
+  return sum(
+      node.size() if is_adapter(node) else trees.size(node)
+      for node in jax.tree.leaves(adapters, is_leaf=is_adapter))

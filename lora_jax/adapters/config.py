@@ -1,0 +1,71 @@
+"""What an experiment says of its adapter, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+import re
+
+from lora_jax import errors
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+  """The `adapter` block of a config.
+
+  Attributes:
+    method: a key of `registry.METHODS`.
+    rank: r of the low-rank methods, 1 to 4096.
+    alpha: numerator of the scale, alpha/r (rsLoRA: alpha/sqrt(r)).
+    dropout: rate on the adapter's input, in [0, 1).
+    targets: which projections; see `targets.select`.
+    layers: which layers, `"0-7,20"`, or None for all.
+    rank_pattern: module name or regex -> rank (PEFT's rule).
+    alpha_pattern: module name or regex -> alpha.
+  """
+
+  method: str = "lora"
+  rank: int = 16
+  alpha: float = 32.0
+  dropout: float = 0.0
+  targets: str | tuple[str, ...] = "all-linear"
+  layers: str | tuple[int, ...] | None = None
+  rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+  def validate(self) -> AdapterConfig:
+    """Returns itself.
+
+    Raises:
+      errors.UsageError: if a value is out of range.
+    """
+    ranks = {"adapter.rank": self.rank} | {
+        f'adapter.rank_pattern["{k}"]': v for k, v in self.rank_pattern.items()}
+    for place, rank in ranks.items():
+      if not isinstance(rank, int) or not 1 <= rank <= 4096:
+        raise errors.UsageError(
+            f"{place}={rank} is out of range; use an integer from 1 to 4096")
+    if not 0.0 <= self.dropout < 1.0:
+      raise errors.UsageError(
+          f"adapter.dropout={self.dropout} is out of range; use a rate in "
+          "[0, 1)")
+    alphas = {"adapter.alpha": self.alpha} | {
+        f'adapter.alpha_pattern["{k}"]': v
+        for k, v in self.alpha_pattern.items()}
+    for place, alpha in alphas.items():
+      if not alpha > 0:
+        raise errors.UsageError(
+            f"{place}={alpha} is out of range; use a positive number")
+    return self
+
+
+def by_pattern(path: str, pattern: Mapping, default):
+  """The first entry of `pattern` whose key matches `path`, as PEFT does it.
+
+  A key matches a whole module path or its end, as a regular expression:
+  `re.match(r"(.*\\.)?(key)$", path)`.
+  """
+  for key, value in pattern.items():
+    if re.match(rf"(.*\.)?({key})$", path):
+      return value
+  return default

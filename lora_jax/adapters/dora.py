@@ -1,0 +1,81 @@
+"""DoRA: weight-decomposed low-rank adaptation (Liu et al. 2024, 2402.09353).
+
+  V = W0 + s A B,   c = ||V|| per output column,   W' = (m / c) V    (eq. 5)
+
+with c treated as a constant by the gradient (section 4.3), recomputed every
+step, and m `[o]` initialised to ||W0|| of the *dequantised* weight, so that
+W' = W0 at init. The bias is not rescaled. With dropout only the adapter's
+share of the product sees the dropped input x~ (PEFT's rule):
+
+  h = x W0 + (m/c - 1) x~ W0 + (m/c) s x~ A B
+
+Trainable parameters: r (i + o) + o a matrix.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from lora_jax import quant
+from lora_jax import types
+from lora_jax.adapters import lora
+
+
+@struct.dataclass
+class DoRA(lora.LoRA):
+  """LoRA's fields, and `m [o]`, the magnitude of each output column."""
+
+  m: types.Array = None
+
+  peft_type: ClassVar[str | None] = "LORA"
+
+  def gain(self, weight) -> jax.Array:
+    """m / c, `[o]` float32; exactly 1 where the layer is not adapted."""
+    v = quant.dequantize(jax.lax.stop_gradient(weight), jnp.float32)
+    c = jnp.linalg.norm(v + jax.lax.stop_gradient(self.delta()), axis=0)
+    # A column of zeros has no direction; it stays zero whatever m is.
+    return jnp.where((self.rank > 0) & (c > 0),
+                     self.m / jnp.where(c > 0, c, 1.0), 1.0)
+
+  def apply(self, x, weight, noise=None):
+    gain = self.gain(weight).astype(x.dtype)
+    y = quant.matmul(x, weight)
+    if noise is None:
+      return gain * (y + self.down_up(x))
+    dropped = noise.dropout(x, self.rate)
+    inner = quant.matmul(dropped, weight)
+    return y + (gain - 1) * inner + gain * self.down_up(dropped)
+
+  def lookup(self, tokens, table):
+    gain = self.gain(table)
+    return gain * super().lookup(tokens, table)
+
+  def merge(self, weight):
+    return self.gain(weight) * super().merge(weight)
+
+  def size(self) -> int:
+    adapted = int((self.rank > 0).sum())
+    return super().size() + adapted * self.m.shape[-1]
+
+  def to_peft(self, embedding=False):
+    return super().to_peft(embedding) | {"lora_magnitude_vector": self.m}
+
+  @classmethod
+  def from_peft(cls, tensors, width, frozen):
+    plain = lora.LoRA.from_peft(tensors, width, frozen)
+    m = jnp.asarray(tensors["lora_magnitude_vector"], jnp.float32)
+    return cls(a=plain.a, b=plain.b, m=m, **frozen)
+
+
+def init(key, weight, width, frozen, embedding=False):
+  """(none, adapter); see `lora.init`."""
+  _, plain = lora.init(key, weight, width, frozen, embedding)
+  w = quant.dequantize(weight, jnp.float32)
+  # The padded part of a partial stack is zero, so delta is what counts here;
+  # at init it is zero everywhere and m is the norm of W0 alone.
+  return None, DoRA(
+      a=plain.a, b=plain.b, m=jnp.linalg.norm(w, axis=0), **frozen)

@@ -1,0 +1,191 @@
+"""The table of PEFT methods, and how a whole adapter tree is built.
+
+Adding a projection method: one file with an `Adapter` and its `init`, one row
+here, one test of its formula. The contract tests pick it up from this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import math
+from typing import Any
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import errors
+from lora_jax import types
+from lora_jax.adapters import base
+from lora_jax.adapters import config as config_lib
+from lora_jax.adapters import dora
+from lora_jax.adapters import full
+from lora_jax.adapters import lora
+from lora_jax.adapters import targets
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A row of the table.
+
+  Attributes:
+    summary: the equation and the paper, for the docs.
+    adapter: the projection adapter's type, or None.
+    init: `(key, weight, width, frozen, embedding) -> (replacement, adapter)`
+      for one module; a replacement of None leaves the base weight alone.
+    scale: s as a function of alpha and r.
+    identity_at_init: whether h(x) = x W0 before the first step.
+    peft_config: the keys this method adds to PEFT's `adapter_config.json`.
+    build: for methods that are not projections: `(base) -> (base, adapters)`.
+  """
+
+  summary: str
+  adapter: type[base.Adapter] | None = None
+  init: Callable | None = None
+  scale: Callable[[float, int], float] = lambda alpha, r: alpha / r
+  identity_at_init: bool = True
+  peft_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  build: Callable | None = None
+
+
+METHODS: dict[str, Method] = {
+    "none": Method(
+        summary="h = x W0; nothing is trained",
+        build=full.build_none),
+    "full": Method(
+        summary="h = x W; every parameter is trained",
+        build=full.build_full),
+    "lora": Method(
+        summary="h = x W0 + (alpha/r) x A B (arXiv 2106.09685)",
+        adapter=lora.LoRA, init=lora.init),
+    "rslora": Method(
+        summary="h = x W0 + (alpha/sqrt(r)) x A B (arXiv 2312.03732)",
+        adapter=lora.LoRA, init=lora.init,
+        scale=lambda alpha, r: alpha / math.sqrt(r),
+        peft_config={"use_rslora": True}),
+    "dora": Method(
+        summary="h = m/||W0 + sAB|| x (W0 + sAB) (arXiv 2402.09353)",
+        adapter=dora.DoRA, init=dora.init,
+        peft_config={"use_dora": True}),
+}
+
+
+def method(name: str) -> Method:
+  """The row of `name`, or a `UsageError` that names the nearest one."""
+  return errors.choose("adapter.method", name, METHODS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """Ranks and scales of one target's modules, one entry a layer."""
+
+  rank: np.ndarray  # int32, 0 where a layer is not adapted
+  scale: np.ndarray  # float32
+  rate: np.ndarray  # float32
+
+  @property
+  def width(self) -> int:
+    return int(self.rank.max())
+
+  def frozen(self) -> dict[str, np.ndarray]:
+    return {"rank": self.rank, "scale": self.scale, "rate": self.rate}
+
+
+def place(
+    config: config_lib.AdapterConfig, paths: Mapping[str, Sequence[str]]
+) -> dict[str, Placement]:
+  """Which modules are adapted, at which rank and scale.
+
+  Args:
+    config: the adapter block.
+    paths: module paths by target (see `targets.select`).
+
+  Returns:
+    A placement for each target that is adapted.
+
+  Raises:
+    errors.UsageError: for an unknown method or target, or a bad value.
+  """
+  row = method(config.method)
+  config.validate()
+  chosen = targets.select(paths, config.targets, config.layers)
+  placements = {}
+  for name, flags in chosen.items():
+    ranks, scales = [], []
+    for path, flag in zip(paths[name], flags, strict=True):
+      r = config_lib.by_pattern(path, config.rank_pattern, config.rank)
+      alpha = config_lib.by_pattern(path, config.alpha_pattern, config.alpha)
+      ranks.append(r if flag else 0)
+      scales.append(row.scale(alpha, r) if flag else 0.0)
+    placements[name] = Placement(
+        np.asarray(ranks, np.int32), np.asarray(scales, np.float32),
+        np.full(len(ranks), config.dropout, np.float32))
+  return placements
+
+
+def build(
+    key: jax.Array,
+    config: config_lib.AdapterConfig,
+    tree: types.Tree,
+    paths: Mapping[str, Sequence[str]],
+) -> tuple[types.Tree, base.Adapters]:
+  """(base, adapters) for a config: the start of a run.
+
+  Args:
+    key: PRNG key; each module folds in its target and layer.
+    config: the adapter block.
+    tree: the base: `layers[target].weight` stacked, `embed_tokens`, `lm_head`.
+    paths: module paths by target, outer ones (`embed_tokens`, `lm_head`) too.
+
+  Returns:
+    The base, perhaps with weights replaced or removed, and the adapters.
+
+  Raises:
+    errors.UsageError: see `place`.
+  """
+  row = method(config.method)
+  if row.build is not None:
+    return row.build(tree)
+  assert row.init is not None  # A row has one of the two.
+  layers, outer = {}, {}
+  for name, placement in place(config, paths).items():
+    subkey = jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+    frozen = placement.frozen()
+    if name in tree.layers:
+      linear = tree.layers[name]
+      replacement, layers[name] = _init_stacked(row.init, placement.width)(
+          subkey, linear.weight, frozen)
+      if replacement is not None:
+        linear = linear.replace(weight=replacement)
+        tree = tree.replace(layers=tree.layers | {name: linear})
+    else:
+      one = {k: jnp.asarray(v[0]) for k, v in frozen.items()}
+      embedding = name == "embed_tokens"
+      weight = tree.embed_tokens if embedding else _head(tree)
+      _, outer[name] = row.init(
+          subkey, weight, placement.width, one, embedding)
+  return tree, base.Adapters(layers=layers, outer=outer)
+
+
+def _head(tree):
+  if tree.lm_head is None:
+    raise errors.UsageError(
+        'adapter.targets: "lm_head" is tied to embed_tokens in this model; '
+        "adapt embed_tokens instead")
+  return tree.lm_head.weight
+
+
+def _init_stacked(init, width):
+  # One layer at a time: a dequantised stack would not fit beside the base.
+  def run(key, weight, frozen):
+    depth = frozen["rank"].shape[0]
+
+    def one(carry, xs):
+      layer, w, values = xs
+      return carry, init(jax.random.fold_in(key, layer), w, width, values)
+
+    return jax.lax.scan(one, None, (jnp.arange(depth), weight, frozen))[1]
+
+  return jax.jit(run)

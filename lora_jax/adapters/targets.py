@@ -1,0 +1,105 @@
+"""Which modules an adapter is attached to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+import re
+
+from lora_jax import errors
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+PRESETS = {
+    "all-linear": ATTENTION + MLP,
+    "attention": ATTENTION,
+    "mlp": MLP,
+}
+
+
+def select(
+    paths: Mapping[str, Sequence[str]],
+    targets: str | Iterable[str],
+    layers: str | Iterable[int] | None = None,
+) -> dict[str, list[bool]]:
+  """Marks the modules that `targets` names, in the layers asked for.
+
+  `targets` is one of
+    - a preset: `all-linear` (every projection but the head, as in PEFT),
+      `attention`, `mlp`;
+    - names or dotted suffixes, as a list or separated by commas:
+      `q_proj,v_proj`, `self_attn.q_proj`, `embed_tokens`;
+    - any other string: a regular expression for the full path, e.g.
+      `.*layers\\.(0|1)\\.mlp\\..*`.
+
+  Args:
+    paths: module paths by target; one for each layer, or a single one.
+    targets: see above.
+    layers: indices, or ranges like `"0-7,20"`; None means all.
+
+  Returns:
+    For each target that matched, one flag for each of its paths.
+
+  Raises:
+    errors.UsageError: if a part of `targets` matches nothing, or a layer does
+      not exist.
+  """
+  depth = max(len(p) for p in paths.values())
+  wanted = _layers(layers, depth)
+  tests = _tests(targets)
+  hits = {name: [False] * len(p) for name, p in paths.items()}
+  for text, test in tests:
+    found = False
+    for name, group in paths.items():
+      for i, path in enumerate(group):
+        if test(path):
+          found = True
+          hits[name][i] |= len(group) == 1 or i in wanted
+    if not found:
+      example = max((g[0] for g in paths.values()), key=len)
+      raise errors.UsageError(
+          f'adapter.targets: "{text}" matches no module'
+          f"{errors.nearest(text, [*paths, *PRESETS])}"
+          f" (paths look like {example})")
+  return {name: flags for name, flags in hits.items() if any(flags)}
+
+
+def _tests(targets):
+  if isinstance(targets, str):
+    if targets not in PRESETS and not re.fullmatch(r"[\w.,\s-]*", targets):
+      try:
+        pattern = re.compile(targets)
+      except re.error as error:
+        raise errors.UsageError(
+            f'adapter.targets: "{targets}" is not a regular expression '
+            f"({error})") from None
+      return [(targets, lambda path: pattern.fullmatch(path) is not None)]
+    targets = [t.strip() for t in targets.split(",") if t.strip()]
+  names = [n for t in targets for n in PRESETS.get(t, (t,))]
+  if not names:
+    raise errors.UsageError(
+        "adapter.targets is empty; name modules, or use all-linear")
+  return [(n, lambda path, n=n: path == n or path.endswith(f".{n}"))
+          for n in names]
+
+
+def _layers(layers, depth: int) -> set[int]:
+  if layers is None or layers == "":
+    return set(range(depth))
+  if isinstance(layers, str):
+    spans: list[int] = []
+    for part in layers.split(","):
+      match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+      if not match:
+        raise errors.UsageError(
+            f'adapter.layers="{layers}" is not a list of ranges; write '
+            '"0-7,20"')
+      first = int(match[1])
+      spans.extend(range(first, int(match[2] or first) + 1))
+    layers = spans
+  wanted = {int(i) for i in layers}
+  beyond = sorted(i for i in wanted if not 0 <= i < depth)
+  if beyond or not wanted:
+    raise errors.UsageError(
+        f"adapter.layers names layer {beyond[0] if beyond else 'none'}; the "
+        f"model has layers 0 to {depth - 1}")
+  return wanted

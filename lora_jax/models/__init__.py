@@ -1,0 +1,1 @@
+"""Decoder-only language models: one core, one small file per family."""

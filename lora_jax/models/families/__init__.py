@@ -1,0 +1,1 @@
+"""One small file per family: what its `config.json` means."""

@@ -1,0 +1,259 @@
+"""Hugging Face folders: names of tensors, reading, and names for writing.
+
+All families share Llama's module names; `slots` is the one table of what a
+model holds, used to read, to check and to write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import dataclasses
+import json
+import operator
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax import errors
+from lora_jax import quant
+from lora_jax import types
+from lora_jax.models import config as config_lib
+from lora_jax.models import registry
+
+# Module path of each target within a layer.
+MODULES: dict[str, str] = {
+    "input_layernorm": "input_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "o_proj": "self_attn.o_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    "post_attention_layernorm": "post_attention_layernorm",
+    "gate_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "down_proj": "mlp.down_proj",
+}
+OUTER: dict[str, str] = {
+    "embed_tokens": "model.embed_tokens",
+    "norm": "model.norm",
+    "lm_head": "lm_head",
+}
+DTYPES = ("F32", "BF16", "F16")
+INDEX = "model.safetensors.index.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+  """One parameter of a model, or of each of its layers.
+
+  Attributes:
+    target: a key of `MODULES` or `OUTER`.
+    leaf: "weight" or "bias".
+    shape: in Hugging Face's file: `[o, i]` for projections.
+    stacked: whether every layer has one.
+    linear: whether it is a projection's weight.
+  """
+
+  target: str
+  leaf: str
+  shape: tuple[int, ...]
+  stacked: bool = True
+  linear: bool = False
+
+
+def slots(config: config_lib.ModelConfig) -> list[Slot]:
+  """Every parameter of a model, in the order of the forward pass."""
+  d, f, v, e = (
+      config.d_model, config.d_ff, config.vocab_size, config.head_dim)
+  queries, keys = config.n_heads * e, config.n_kv_heads * e
+  norms = {"input_layernorm": d, "post_attention_layernorm": d}
+  if config.qk_norm:
+    norms |= {"q_norm": e, "k_norm": e}
+  linears = {
+      "q_proj": (queries, d, config.qkv_bias),
+      "k_proj": (keys, d, config.qkv_bias),
+      "v_proj": (keys, d, config.qkv_bias),
+      "o_proj": (d, queries, config.o_bias),
+      "gate_proj": (f, d, config.mlp_bias),
+      "up_proj": (f, d, config.mlp_bias),
+      "down_proj": (d, f, config.mlp_bias),
+  }
+  found = [Slot("embed_tokens", "weight", (v, d), stacked=False)]
+  for target in MODULES:
+    if target in norms:
+      found.append(Slot(target, "weight", (norms[target],)))
+    if target in linears:
+      o, i, bias = linears[target]
+      found.append(Slot(target, "weight", (o, i), linear=True))
+      if bias:
+        found.append(Slot(target, "bias", (o,)))
+  found.append(Slot("norm", "weight", (d,), stacked=False))
+  if not config.tie_embeddings:
+    found.append(
+        Slot("lm_head", "weight", (v, d), stacked=False, linear=True))
+  return found
+
+
+def hf_name(layer: int | None, target: str, leaf: str = "weight") -> str:
+  """`(3, "q_proj") -> "model.layers.3.self_attn.q_proj.weight"`.
+
+  Args:
+    layer: index, or None for `embed_tokens`, `norm` and `lm_head`.
+    target: a key of `MODULES`, or of `OUTER`.
+    leaf: "weight" or "bias"; "" gives the module's path.
+  """
+  if layer is None:
+    module = OUTER[target]
+  else:
+    module = f"model.layers.{layer}.{MODULES[target]}"
+  return f"{module}.{leaf}" if leaf else module
+
+
+def names(config: config_lib.ModelConfig) -> dict[str, tuple[int, ...]]:
+  """Shape of every tensor of a model's checkpoint, by Hugging Face's name."""
+  return {
+      hf_name(layer, slot.target, slot.leaf): slot.shape
+      for slot in slots(config)
+      for layer in (range(config.n_layers) if slot.stacked else (None,))}
+
+
+def state(
+    config: config_lib.ModelConfig, base: types.Tree, dtype: Any
+) -> Iterator[tuple[str, np.ndarray]]:
+  """A base's tensors under Hugging Face's names and shapes, one at a time.
+
+  Args:
+    config: the model.
+    base: a `decoder.Base`; quantised weights are dequantised.
+    dtype: of the tensors given.
+
+  Yields:
+    (name, array) in the order of `slots`.
+  """
+  for slot in slots(config):
+    holder = (base.layers[slot.target] if slot.stacked
+              else getattr(base, slot.target))
+    leaf = getattr(holder, slot.leaf) if hasattr(holder, slot.leaf) else holder
+    if not slot.stacked:
+      yield hf_name(None, slot.target, slot.leaf), _plain(leaf, slot, dtype)
+      continue
+    for layer in range(config.n_layers):
+      one = jax.tree.map(operator.itemgetter(layer), leaf)
+      yield hf_name(layer, slot.target, slot.leaf), _plain(one, slot, dtype)
+
+
+def _plain(leaf, slot: Slot, dtype) -> np.ndarray:
+  array = np.asarray(quant.dequantize(leaf, dtype))
+  return np.ascontiguousarray(array.T) if slot.linear else array
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """A tensor as a checkpoint holds it.
+
+  Attributes:
+    dtype: the file's name of its type.
+    raw: its bytes in the file, uint8 `[n]`.
+    array: its value, `[o, i]` or `[o]`, in a float type.
+  """
+
+  dtype: str
+  raw: np.ndarray
+  array: np.ndarray
+
+
+class Folder:
+  """A folder with `config.json` and `model.safetensors`, or its shards.
+
+  Attributes:
+    config: the model's.
+    label: what messages call it.
+    tensors: file of each tensor, by name.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    """Reads the config and the index.
+
+    Raises:
+      errors.UserError: if a file is missing or malformed.
+    """
+    self.label = str(path)
+    file = path / "config.json"
+    self.config = registry.from_hf(_json(file), str(file))
+    self.tensors = _index(path)
+
+  def read(self, name: str) -> Tensor:
+    """One tensor; the file is open, and mapped, for this call only.
+
+    Raises:
+      errors.UserError: if it cannot be read, or is not of a float type.
+    """
+    import safetensors
+
+    file = self.tensors[name]
+    try:
+      with safetensors.safe_open(file, framework="np") as handle:
+        if name not in set(handle.keys()):
+          raise errors.UserError(
+              f"{file}: {name} is missing, though {INDEX} says it is there; "
+              "download the file again")
+        dtype = handle.get_slice(name).get_dtype()
+        if dtype not in DTYPES:
+          raise errors.UserError(
+              f"{file}: {name} is of type {dtype}; supported: "
+              f"{', '.join(DTYPES)}")
+        array = handle.get_tensor(name)
+    except (OSError, safetensors.SafetensorError) as error:
+      raise errors.UserError(_broken(file, error)) from None
+    return Tensor(dtype, array.reshape(-1).view(np.uint8), array)
+
+
+def _index(path: pathlib.Path) -> dict[str, pathlib.Path]:
+  import safetensors
+
+  index = path / INDEX
+  if index.exists():
+    where = _json(index).get("weight_map")
+    if not isinstance(where, dict):
+      raise errors.UserError(
+          f"{index}: weight_map is missing; download the file again")
+    found = {name: path / shard for name, shard in where.items()}
+    for file in sorted(set(found.values())):
+      if not file.exists():
+        raise errors.UserError(
+            f"{file} is missing, though {INDEX} names it; download it again")
+    return found
+  file = path / "model.safetensors"
+  if not file.exists():
+    raise errors.UserError(
+        f"{path} holds neither model.safetensors nor {INDEX}; give a folder "
+        "in safetensors format")
+  try:
+    with safetensors.safe_open(file, framework="np") as handle:
+      return dict.fromkeys(handle.keys(), file)
+  except (OSError, safetensors.SafetensorError) as error:
+    raise errors.UserError(_broken(file, error)) from None
+
+
+def _broken(file: pathlib.Path, error: Exception) -> str:
+  reason = str(error).splitlines()[0]
+  return f"{file} is cut short or corrupt ({reason}); download it again"
+
+
+def _json(file: pathlib.Path) -> dict[str, Any]:
+  try:
+    content = json.loads(file.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    raise errors.UserError(
+        f"{file} is missing; give a model folder with config.json") from None
+  except (OSError, ValueError) as error:
+    raise errors.UserError(
+        f"{file} cannot be read as JSON ({error}); download it again"
+    ) from None
+  if not isinstance(content, dict):
+    raise errors.UserError(
+        f"{file} holds a {type(content).__name__}; a JSON object is needed")
+  return content

@@ -1,0 +1,223 @@
+"""From a checkpoint to a base, one tensor at a time.
+
+Each tensor is read, hashed, moved to the device, quantised there, and written
+into its layer of a stacked buffer that was allocated once and is updated in
+place (donated): the host never holds more than the result and two tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import functools
+import hashlib
+import pathlib
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import errors
+from lora_jax import quant
+from lora_jax import types
+from lora_jax.models import config as config_lib
+from lora_jax.models import decoder
+from lora_jax.models import gguf
+from lora_jax.models import hf
+from lora_jax.models import init
+
+SKIP = ("lm_head", "embed_tokens")
+
+
+class LoadedBase(NamedTuple):
+  """A frozen model.
+
+  Attributes:
+    config: its geometry.
+    base: its weights.
+    fingerprint: sha256 hex of the source's tensors, whatever they were
+      quantised to here.
+    source: the path that was given.
+  """
+
+  config: config_lib.ModelConfig
+  base: decoder.Base
+  fingerprint: str
+  source: str
+
+
+class Source(Protocol):
+  """A checkpoint: `hf.Folder` or `gguf.File`."""
+
+  config: config_lib.ModelConfig
+  label: str
+  tensors: dict[str, Any]
+
+  def read(self, name: str) -> hf.Tensor:
+    """One tensor by Hugging Face's name."""
+
+
+def load(
+    path: str,
+    spec: quant.QuantSpec | None = None,
+    dtype: Any = jnp.float32,
+    skip: Sequence[str] = SKIP,
+) -> LoadedBase:
+  """Loads a model from a folder, a `.gguf` file, or the Hugging Face hub.
+
+  Args:
+    path: a folder with `config.json` and safetensors, a `.gguf` file, a
+      folder with one, or a hub name such as `HuggingFaceTB/SmolLM2-135M`.
+    spec: how to quantise the projections; None leaves them in `dtype`.
+    dtype: of everything that is not quantised.
+    skip: targets that are not quantised.
+
+  Returns:
+    The model, on the default device.
+
+  Raises:
+    errors.UserError: if a file is missing, cut short or malformed, a tensor
+      is missing, unknown or of another shape, or the model is unsupported.
+  """
+  return convert(open_source(path), spec, dtype, skip)._replace(
+      source=str(path))
+
+
+def open_source(path: str) -> Source:
+  """The checkpoint at `path`; see `load`."""
+  place = pathlib.Path(path).expanduser()
+  if not place.exists():
+    place = _from_hub(str(path))
+  if place.is_file():
+    if place.suffix != ".gguf":
+      raise errors.UserError(
+          f"model.path={path} is a {place.suffix or 'nameless'} file; give a "
+          "folder with config.json, or a .gguf file")
+    return gguf.File(place)
+  files = sorted(place.glob("*.gguf"))
+  if files and not (place / "config.json").exists():
+    if len(files) > 1:
+      raise errors.UserError(
+          f"model.path={path} holds {len(files)} GGUF files; name one of "
+          f"them, e.g. {files[0].name}")
+    return gguf.File(files[0])
+  return hf.Folder(place)
+
+
+def _from_hub(name: str) -> pathlib.Path:
+  parts = name.split("/")
+  if len(parts) != 2 or not all(parts) or name.startswith(("/", ".", "~")):
+    raise errors.UserError(
+        f"model.path={name} does not exist; give a model folder, a .gguf "
+        "file or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct")
+  import huggingface_hub
+
+  try:
+    return pathlib.Path(huggingface_hub.snapshot_download(
+        name, allow_patterns=[
+            "*.json", "model*.safetensors", "*.jinja", "tokenizer*"]))
+  # The hub client raises its own, requests' and httpx's errors.
+  except Exception as error:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise errors.UserError(
+        f"model.path={name} is no local folder, and the hub gave none "
+        f"({reason}); check the name and the network, or give a folder"
+    ) from None
+
+
+def convert(
+    source: Source,
+    spec: quant.QuantSpec | None = None,
+    dtype: Any = jnp.float32,
+    skip: Sequence[str] = SKIP,
+) -> LoadedBase:
+  """Reads every tensor of a checkpoint once; see `load`."""
+  config = source.config
+  _check(source, spec, skip)
+  digests: list[str] = []
+  leaves: dict[tuple[str, str], types.Tree] = {}
+  for slot in hf.slots(config):
+    quantised = slot.linear and slot.target not in skip
+    how = spec if quantised and spec and spec.format != "none" else None
+    leaves[slot.target, slot.leaf] = _leaf(
+        source, slot, how, jnp.dtype(dtype), digests)
+  fingerprint = hashlib.sha256("\n".join(sorted(digests)).encode())
+  base = init.assemble(config, leaves)
+  return LoadedBase(config, base, fingerprint.hexdigest(), source.label)
+
+
+def _leaf(source, slot, spec, dtype, digests) -> types.Tree:
+  """One slot of the base, stacked if it is one a layer."""
+  if not slot.stacked:
+    raw = _read(source, hf.hf_name(None, slot.target, slot.leaf), slot,
+                digests)
+    return jax.block_until_ready(
+        _convert(raw, spec=spec, dtype=dtype, transpose=slot.linear))
+  stack = None
+  for layer in range(source.config.n_layers):
+    raw = _read(source, hf.hf_name(layer, slot.target, slot.leaf), slot,
+                digests)
+    one = _convert(raw, spec=spec, dtype=dtype, transpose=slot.linear)
+    del raw
+    if stack is None:
+      stack = jax.tree.map(
+          lambda x: jnp.zeros((source.config.n_layers, *x.shape), x.dtype),
+          one)
+    # Waiting keeps the next tensor from being read while this one is held.
+    stack = jax.block_until_ready(_put(stack, one, layer))
+  return stack
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "dtype", "transpose"))
+def _convert(raw, *, spec, dtype, transpose):
+  array = raw.T if transpose else raw
+  return array.astype(dtype) if spec is None else quant.quantize(array, spec)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stack, one, layer):
+  return jax.tree.map(
+      lambda whole, x: jax.lax.dynamic_update_index_in_dim(
+          whole, x, layer, 0), stack, one)
+
+
+def _read(source, name, slot, digests) -> jax.Array:
+  """The tensor on the device, its digest noted."""
+  tensor = source.read(name)
+  shape = tensor.array.shape
+  if shape != slot.shape:
+    raise errors.UserError(
+        f"{source.label}: {name} has shape {list(shape)}, but the config asks "
+        f"for {list(slot.shape)}; the two belong to different models")
+  content = hashlib.sha256(tensor.raw).hexdigest()
+  digests.append(f"{name} {tensor.dtype} {list(shape)} {content}")
+  # Waiting lets the host's copy go before the conversion allocates.
+  return jax.block_until_ready(jax.device_put(tensor.array))
+
+
+def _check(source: Source, spec, skip) -> None:
+  if spec is not None:
+    quant.check(spec)
+  known = [*hf.MODULES, *hf.OUTER]
+  for target in skip:
+    if target not in known:
+      raise errors.UserError(
+          f'quant.skip: "{target}" is unknown{errors.nearest(target, known)}')
+  if spec is not None and "embed_tokens" not in skip:
+    raise errors.UserError(
+        "quant.skip lacks embed_tokens: a table that is looked up, not "
+        "multiplied, is not quantised; add it")
+  wanted = hf.names(source.config)
+  for name in wanted:
+    if name not in source.tensors:
+      raise errors.UserError(
+          f"{source.label}: tensor {name} is missing; the checkpoint is "
+          "incomplete, or its config.json belongs to another model")
+  for name in source.tensors:
+    # Old Llama files store RoPE's frequencies, tied ones the head twice.
+    ignored = name.endswith("rotary_emb.inv_freq") or (
+        name == "lm_head.weight" and source.config.tie_embeddings)
+    if name not in wanted and not ignored:
+      raise errors.UserError(
+          f"{source.label}: tensor {name} is not of a "
+          f"{source.config.family} model with this config; the checkpoint "
+          "belongs to another one")

@@ -1,0 +1,36 @@
+"""What the backward pass keeps of a layer, by name.
+
+  none   everything
+  dots   outputs of the matrix products without batch axes
+  named  the values in `NAMES`: every projection's output that the backward
+         pass reads, so that only norms, softmax and products of elements
+         are computed again
+  full   the layer's input only
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+# q, k (after RoPE), v, o: attention output; mid: residual stream after
+# attention; gate, up: MLP pre-activations.
+NAMES = ("q", "k", "v", "o", "mid", "gate", "up")
+
+POLICIES: dict[str, Any] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "named": jax.checkpoint_policies.save_only_these_names(*NAMES),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def wrap(function: Callable, policy: str) -> Callable:
+  """`function` under a policy of `POLICIES`, for use inside `lax.scan`."""
+  if policy == "none":
+    return function
+  # Scan keeps XLA from merging the second computation with the first.
+  return jax.checkpoint(
+      function, policy=POLICIES[policy], prevent_cse=False)
