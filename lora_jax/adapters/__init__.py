@@ -4,6 +4,7 @@ from lora_jax.adapters.base import Adapter
 from lora_jax.adapters.base import Adapters
 from lora_jax.adapters.base import join
 from lora_jax.adapters.base import Noise
+from lora_jax.adapters.base import prepared
 from lora_jax.adapters.base import project
 from lora_jax.adapters.base import split
 from lora_jax.adapters.base import trainable_size
@@ -13,5 +14,5 @@ from lora_jax.adapters.registry import METHODS
 
 __all__ = [
     "METHODS", "Adapter", "AdapterConfig", "Adapters", "Noise", "build",
-    "join", "project", "split", "trainable_size",
+    "join", "prepared", "project", "split", "trainable_size",
 ]

@@ -28,9 +28,9 @@ from lora_jax import trees
 from lora_jax import types
 
 
-def frozen() -> Any:
+def frozen(**options) -> Any:
   """A field that is carried and traced, but not trained."""
-  return struct.field(metadata={"trainable": False})
+  return struct.field(metadata={"trainable": False}, **options)
 
 
 @struct.dataclass
@@ -93,6 +93,11 @@ class Adapter:
 
   def merge(self, weight: types.Tree) -> types.Array:
     raise TypeError(f"{type(self).__name__} cannot be merged")
+
+  def prepared(self, weight: types.Tree) -> Adapter:
+    """With whatever stays the same from token to token computed once."""
+    del weight
+    return self
 
   def to_peft(self, embedding: bool = False) -> dict[str, types.Array]:
     """PEFT's tensors of one unstacked module, by name suffix."""
@@ -167,6 +172,29 @@ def _select(tree: types.Tree, trainable: bool) -> types.Tree:
 def join(trainable: types.Tree, frozen_part: types.Tree) -> types.Tree:
   """Inverse of `split`."""
   return trees.combine(trainable, frozen_part)
+
+
+@jax.jit
+def prepared(adapters: Adapters, tree: types.Tree) -> Adapters:
+  """Adapters for decoding with frozen weights: see `Adapter.prepared`.
+
+  Args:
+    adapters: whole tree.
+    tree: the base, whose `layers[target].weight` is stacked.
+
+  Returns:
+    A tree that computes the same.
+  """
+  layers = {
+      name: jax.lax.map(
+          lambda pair: pair[0].prepared(pair[1]),
+          (adapter, tree.layers[name].weight))
+      for name, adapter in adapters.layers.items()}
+  weights = {"embed_tokens": tree.embed_tokens,
+             "lm_head": tree.lm_head and tree.lm_head.weight}
+  outer = {name: adapter.prepared(weights[name])
+           for name, adapter in adapters.outer.items()}
+  return dataclasses.replace(adapters, layers=layers, outer=outer)
 
 
 def trainable_size(adapters: types.Tree) -> int:

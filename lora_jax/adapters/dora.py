@@ -14,6 +14,7 @@ Trainable parameters: r (i + o) + o a matrix.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import ClassVar
 
 from flax import struct
@@ -22,21 +23,34 @@ import jax.numpy as jnp
 
 from lora_jax import quant
 from lora_jax import types
+from lora_jax.adapters import base
 from lora_jax.adapters import lora
 
 
 @struct.dataclass
 class DoRA(lora.LoRA):
-  """LoRA's fields, and `m [o]`, the magnitude of each output column."""
+  """LoRA's fields, and:
+
+    m: `[o]`, the magnitude of each output column.
+    c: `[o]`, the norms, where they are known beforehand (`prepared`).
+  """
 
   m: types.Array = None
+  c: types.Array | None = base.frozen(default=None)
 
   peft_type: ClassVar[str | None] = "LORA"
 
+  def norms(self, weight) -> jax.Array:
+    """c, `[o]` float32."""
+    v = quant.dequantize(jax.lax.stop_gradient(weight), jnp.float32)
+    return jnp.linalg.norm(v + jax.lax.stop_gradient(self.delta()), axis=0)
+
+  def prepared(self, weight):
+    return dataclasses.replace(self, c=self.norms(weight))
+
   def gain(self, weight) -> jax.Array:
     """m / c, `[o]` float32; exactly 1 where the layer is not adapted."""
-    v = quant.dequantize(jax.lax.stop_gradient(weight), jnp.float32)
-    c = jnp.linalg.norm(v + jax.lax.stop_gradient(self.delta()), axis=0)
+    c = self.norms(weight) if self.c is None else self.c
     # A column of zeros has no direction; it stays zero whatever m is.
     return jnp.where((self.rank > 0) & (c > 0),
                      self.m / jnp.where(c > 0, c, 1.0), 1.0)

@@ -7,9 +7,11 @@ import dataclasses
 
 import numpy as np
 
-from lora_jax import errors, types
-from lora_jax.data import dataset, templates
+from lora_jax import errors
+from lora_jax import types
+from lora_jax.data import dataset
 from lora_jax.data import packing as packing_lib
+from lora_jax.data import templates
 
 
 class Batches:

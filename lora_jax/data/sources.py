@@ -10,7 +10,8 @@ import pathlib
 from typing import Any, TypeAlias
 
 from lora_jax import errors
-from lora_jax.data import formats, places
+from lora_jax.data import formats
+from lora_jax.data import places
 
 Rows: TypeAlias = Iterator[tuple[str, Any]]  # (source, row)
 

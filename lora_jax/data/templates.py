@@ -16,7 +16,8 @@ from typing import Any, TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from lora_jax import errors
-from lora_jax.data import formats, turns
+from lora_jax.data import formats
+from lora_jax.data import turns
 
 if TYPE_CHECKING:
   import transformers

@@ -141,6 +141,14 @@ def test_merging_computes_the_same(method, fmt):
   assert tiny.distance(logits(merged, None), adapted) < 2e-5
 
 
+@each
+def test_preparing_for_decoding_changes_nothing(method):
+  base, tree = randomised(method, "nf4")
+  before = logits(base, tree)
+  assert tiny.distance(
+      logits(base, adapters_lib.prepared(tree, base)), before) < 2e-6
+
+
 def one(tree, i):
   return jax.tree.map(lambda x: x[i], tree)
 

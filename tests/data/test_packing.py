@@ -8,7 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from lora_jax.data import packing, templates
+from lora_jax.data import packing
+from lora_jax.data import templates
 
 
 def _best_fit_decreasing(lengths, max_length):

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from lora_jax import errors
-from lora_jax.data import dataset, pipeline, sources, templates
+from lora_jax.data import dataset
+from lora_jax.data import pipeline
+from lora_jax.data import sources
+from lora_jax.data import templates
 from third_party import assets
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from lora_jax import errors
-from lora_jax.data import formats, templates
+from lora_jax.data import formats
+from lora_jax.data import templates
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"

@@ -1,0 +1,111 @@
+"""From the blocks of a config to the checked values that lora_jax takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+import pathlib
+from typing import Any, TypeVar
+
+from lora_jax import adapters
+from lora_jax import errors
+from lora_jax import mesh as mesh_lib
+from lora_jax import quant as quant_lib
+from lora_jax.adapters import registry
+from lora_jax.models import hf
+from lora_jax.models import remat
+from lora_jax.train import loop
+from lora_jax.train import optim as optim_lib
+
+T = TypeVar("T")
+Config = Mapping[str, Any]
+
+
+def _fields(cls: type[T], block: Config, **given) -> T:
+  names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+  return cls(**{k: v for k, v in block.items() if k in names} | given)
+
+
+def quant(config: Config) -> quant_lib.QuantSpec:
+  try:
+    spec = _fields(quant_lib.QuantSpec, config["quant"])
+    quant_lib.check(spec)
+  except errors.UserError as error:  # Here it is a mistake in the config.
+    raise errors.UsageError(str(error)) from None
+  return spec
+
+
+def skip(config: Config) -> tuple[str, ...]:
+  found = tuple(s for s in config["quant"]["skip"].split(",") if s)
+  known = dict.fromkeys([*hf.MODULES, *hf.OUTER])
+  for target in found:
+    errors.choose("quant.skip", target, known)
+  return found
+
+
+def adapter(config: Config) -> adapters.AdapterConfig:
+  block = config["adapter"]
+  found = _fields(
+      adapters.AdapterConfig, block,
+      rank_pattern=dict(block["rank_pattern"]),
+      alpha_pattern=dict(block["alpha_pattern"]))
+  registry.method(found.method)
+  return found.validate()
+
+
+def train(config: Config) -> loop.TrainConfig:
+  return _fields(loop.TrainConfig, config["train"]).validate()
+
+
+def optim(config: Config) -> optim_lib.OptimConfig:
+  return _fields(optim_lib.OptimConfig, config["optim"]).validate()
+
+
+def mesh(config: Config) -> mesh_lib.MeshConfig:
+  return _fields(mesh_lib.MeshConfig, config["mesh"])
+
+
+def check(config: Config) -> None:
+  """Everything that can be told before a model is loaded.
+
+  Raises:
+    errors.UsageError: for the first value that cannot be.
+  """
+  for block in (quant, skip, adapter, train, optim):
+    block(config)
+  errors.choose("compute.dtype", config["compute"]["dtype"],
+                {"float32": 0, "bfloat16": 0})
+  errors.choose("compute.remat", config["compute"]["remat"], remat.POLICIES)
+  for block, name, least in (
+      ("data", "max_length", 2), ("data", "eval_max_length", 2),
+      ("data", "rows", 0), ("data", "eval_rows", 0), ("train", "samples", 0),
+      ("train", "sample_tokens", 1)):
+    value = config[block][name]
+    if value < least:
+      raise errors.UsageError(
+          f"{block}.{name}={value} is out of range; use an integer of at "
+          f"least {least}")
+  if config["seed"] < 0:
+    raise errors.UsageError(
+        f"seed={config['seed']} is out of range; use an integer of at least 0")
+
+
+def locate(path: str) -> str:
+  """A path as it is, or the cached file of `asset:<name>`.
+
+  Raises:
+    errors.UserError: if the asset cannot be fetched.
+  """
+  if not path.startswith("asset:"):
+    return path
+  from third_party import assets
+
+  return str(assets.fetch(path.removeprefix("asset:")))
+
+
+def chat_template(config: Config) -> str | None:
+  """Jinja text of `model.chat_template`, which may name a file."""
+  value = config["model"]["chat_template"]
+  if value and "{" not in value:
+    return pathlib.Path(value).read_text()
+  return value or None

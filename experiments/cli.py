@@ -1,0 +1,124 @@
+"""What all commands share: flags, one-line errors, exit codes.
+
+  0  done
+  1  the input is at fault: one line on stderr names value, place and remedy
+  2  the command line or config is at fault: likewise
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import difflib
+import pathlib
+import runpy
+import sys
+from typing import Any
+
+from absl import flags
+from absl import logging
+
+from lora_jax import errors
+
+
+def run(main: Callable[[], None], argv: list[str] | None = None) -> None:
+  """Parses flags, runs `main` and exits with its code."""
+  sys.exit(_code(main, sys.argv if argv is None else argv))
+
+
+def _code(main, argv) -> int:
+  logging.use_absl_handler()
+  logging.set_verbosity(logging.WARNING)
+  try:
+    rest = _parse(argv)
+    if rest:
+      raise errors.UsageError(
+          f'"{rest[0]}" is not a flag; write --name=value (see --help)')
+    main()
+    return 0
+  except errors.UsageError as error:
+    return _fail(str(error), 2)
+  except errors.UserError as error:
+    return _fail(str(error), 1)
+  except OSError as error:
+    place = f"{error.filename}: " if error.filename else ""
+    return _fail(f"{place}{error.strerror or error}; check the path, its "
+                 "permissions and the free space", 1)
+  except KeyboardInterrupt:
+    return _fail("interrupted; the same command goes on from the newest "
+                 "checkpoint", 130)
+
+
+def _fail(message: str, code: int) -> int:
+  print(f"\nerror: {' '.join(message.split())}", file=sys.stderr)
+  return code
+
+
+def _parse(argv: list[str]) -> list[str]:
+  if any(a in ("--help", "-help", "-h") for a in argv[1:]):
+    module = sys.modules["__main__"]
+    print(module.__doc__ or "")
+    print(flags.FLAGS.main_module_help())
+    sys.exit(0)
+  for flag in argv[1:]:
+    if flag.startswith("--config="):
+      check_config(flag.partition("=")[2], argv)
+  try:
+    return flags.FLAGS(argv)[1:]
+  except flags.Error as error:
+    raise errors.UsageError(str(error)) from None
+
+
+def check_config(path_and_arg: str, argv: list[str]) -> None:
+  """Checks a config file and the names of all overrides in `argv`.
+
+  `config_flags` parses and types the values afterwards; here the mistakes
+  are caught that it reports without saying where.
+
+  Raises:
+    errors.UsageError: names the file or field, and the nearest right one.
+  """
+  path, _, arg = path_and_arg.partition(":")
+  file = pathlib.Path(path)
+  if not file.is_file():
+    folder = file.parent if file.parent.is_dir() else pathlib.Path("configs")
+    known = [str(p) for p in sorted(folder.glob("*.py"))]
+    raise errors.UsageError(
+        f"--config={path}: no such file{errors.nearest(path, known)}")
+  try:
+    get_config = runpy.run_path(str(file))["get_config"]
+    config = get_config(arg) if arg else get_config()
+  except errors.UserError:
+    raise
+  except Exception as error:
+    reason = str(error).splitlines()[0] if str(error) else repr(error)
+    raise errors.UsageError(f"--config={path_and_arg}: {reason}") from None
+  for flag in argv:
+    if flag.startswith("--config."):
+      _check_name(config, flag.partition("=")[0][len("--config."):])
+
+
+def _check_name(config: Mapping[str, Any], dotted: str) -> None:
+  node = config
+  parts = dotted.split(".")
+  for i, part in enumerate(parts):
+    if not isinstance(node, Mapping) and not hasattr(node, "keys"):
+      raise errors.UsageError(
+          f"--config.{dotted}: {'.'.join(parts[:i])} has no fields")
+    if part not in node:
+      every = list(_names(config))
+      here = ".".join(parts[:i + 1])
+      last = [n for n in every if n.rpartition(".")[2] == part]
+      close = last or difflib.get_close_matches(dotted, every, 1, 0.5)
+      hint = f'; did you mean "{close[0]}"?' if close else errors.nearest(
+          part, node)
+      raise errors.UsageError(f"--config.{dotted}: {here} is unknown{hint}")
+    node = node[part]
+
+
+def _names(config, prefix=""):
+  for name in config:
+    value = config[name]
+    if hasattr(value, "keys") and len(value):
+      yield from _names(value, f"{prefix}{name}.")
+    else:
+      yield f"{prefix}{name}"

@@ -1,0 +1,81 @@
+"""Writes the model of a run in a format that other programs read.
+
+  python -m experiments.export --workdir=runs/quickstart-1a2b3c4d \\
+      --format=peft --output=my-adapter
+  python -m experiments.export --workdir=... --format=hf --output=my-model \\
+      --dtype=bfloat16
+
+  peft  the adapter, for Hugging Face PEFT and what reads its folders
+  hf    the whole model, the adapter merged onto the dequantised base
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from experiments import cli
+from experiments import trained
+from lora_jax import errors
+from lora_jax.export import hf as hf_export
+
+FORMATS = ("peft", "hf")
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+  """Adds this command's flags."""
+  own: dict[str, Any] = {"flag_values": values}
+  trained.define_flags(values)
+  flags.DEFINE_string("format", None, "peft, hf", **own)
+  flags.DEFINE_string("output", None, "The folder to write.", **own)
+  flags.DEFINE_string(
+      "dtype", None, "Of the weights of --format=hf: float32 (the default), "
+      "bfloat16, float16.", **own)
+
+
+def check_output(output: str | None) -> pathlib.Path:
+  """The folder to write, which must not hold anything yet.
+
+  Raises:
+    errors.UsageError: if it is not given.
+    errors.UserError: if something is there.
+  """
+  if not output:
+    raise errors.UsageError("--output is missing; name a folder to write")
+  folder = pathlib.Path(output)
+  if folder.is_dir() and any(folder.iterdir()):
+    raise errors.UserError(
+        f"--output={output} is not empty; delete it, or name another folder")
+  if folder.exists() and not folder.is_dir():
+    raise errors.UserError(
+        f"--output={output} is a file; name a folder to write")
+  return folder
+
+
+def main(values: flags.FlagValues = flags.FLAGS) -> None:
+  trained.choose("format", values.format, FORMATS)
+  if values.dtype is not None:
+    trained.choose("dtype", values.dtype, tuple(hf_export.DTYPES))
+    if values.format == "peft":
+      raise errors.UsageError(
+          f"--dtype={values.dtype} belongs to --format=hf; an adapter is "
+          "written in float32, as it was trained")
+  folder = check_output(values.output)
+  model = trained.from_flags(values)
+  if values.format == "hf":
+    model.save_merged(folder, values.dtype or "float32")
+  elif not (model.adapters.layers or model.adapters.outer):
+    raise errors.UserError(
+        "--format=peft: this model has no adapter (its method trains the "
+        "weights, or nothing); use --format=hf")
+  else:
+    model.save(folder)
+  size = sum(p.stat().st_size for p in folder.iterdir())
+  print(f"{folder}: {size / 1e6:,.1f} MB ({values.format})")
+
+
+if __name__ == "__main__":
+  define_flags()
+  cli.run(main)

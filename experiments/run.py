@@ -1,0 +1,232 @@
+"""Fine-tunes a model as a config says.
+
+  python -m experiments.run --config=configs/quickstart.py
+  python -m experiments.run --config=configs/quickstart.py:method=dora \\
+      --config.adapter.rank=8 --workdir=runs/dora8
+
+The same command goes on where a killed run stopped. What a work directory
+holds is listed in lora_jax/train/workdir.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import sys
+from typing import Any
+
+from absl import flags
+import jax
+from ml_collections import config_flags
+
+from experiments import blocks
+from experiments import cli
+from experiments import report
+from lora_jax import api
+from lora_jax import errors
+from lora_jax.data import formats
+from lora_jax.data import dataset as dataset_lib
+from lora_jax.data import sources
+from lora_jax.data import templates
+from lora_jax.train import loop
+from lora_jax.train import workdir as workdir_lib
+
+config_flags.DEFINE_config_file(
+    "config", help_string="A file of configs/, with :arg behind it or not.")
+flags.DEFINE_string(
+    "workdir", None, "Where the run writes; a folder under runs/ by default.")
+
+
+def default_workdir(name: str, config: dict[str, Any]) -> pathlib.Path:
+  """`runs/<config file>-<digest of the resolved config>`."""
+  text = json.dumps(config, sort_keys=True)
+  digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+  return pathlib.Path("runs") / f"{name}-{digest}"
+
+
+def open_workdir(folder: pathlib.Path, config: dict[str, Any]) -> None:
+  """Writes config.json and environment.json, or checks the config's.
+
+  Raises:
+    errors.UserError: if the folder holds a run of another config, or cannot
+      be written.
+  """
+  path = folder / "config.json"
+  if path.exists():
+    try:
+      old = json.loads(path.read_text())
+    except ValueError:
+      old = None  # Not ours, or older than atomic writes: start over.
+    if old is not None and old != config:
+      name, was, now = next(_differences(old, config))
+      raise errors.UserError(
+          f"{folder} holds a run with {name}={was!r}, not {now!r}; choose "
+          "another --workdir, or delete it")
+  else:
+    workdir_lib.write_json(path, config)
+  workdir_lib.write_json(
+      folder / "environment.json", workdir_lib.environment(config["seed"]))
+
+
+def _differences(old, new, prefix=""):
+  for key in sorted({*old, *new}):
+    a, b = old.get(key), new.get(key)
+    if isinstance(a, dict) and isinstance(b, dict):
+      yield from _differences(a, b, f"{prefix}{key}.")
+    elif a != b:
+      yield f"{prefix}{key}", a, b
+
+
+def datasets(
+    model: api.Model, config: dict[str, Any]
+) -> tuple[dataset_lib.Dataset, dataset_lib.Dataset | None, list[formats.Example]]:
+  """Rows to train on, rows held out, and the held-out examples.
+
+  Held-out rows are drawn from those of at most `data.eval_max_length`
+  tokens; all others are trained on.
+  """
+  block = config["data"]
+  encode = lambda examples: model.encode(
+      examples, max_length=2**30, system=block["system"] or None)
+  examples = sources.read(
+      blocks.locate(block["path"]), block["format"], block["split"])
+  examples = examples[:block["rows"] or None]
+  rows = encode(examples)
+  if block["eval_path"]:
+    others = sources.read(blocks.locate(block["eval_path"]), block["format"])
+    held = encode(others)
+    chosen = (held.lengths <= block["eval_max_length"]).nonzero()[0]
+    chosen = chosen[:block["eval_rows"] or None]
+    train_rows, held_rows = rows, held.select(chosen)
+  elif block["eval_rows"]:
+    fits = (rows.lengths <= block["eval_max_length"]).nonzero()[0]
+    if not block["eval_rows"] < len(rows) or len(fits) < block["eval_rows"]:
+      raise errors.UsageError(
+          f"data.eval_rows={block['eval_rows']}, but {block['path']} has "
+          f"{len(rows)} rows, {len(fits)} of them of at most data.eval_max_"
+          f"length={block['eval_max_length']} tokens; lower it")
+    share = dataset_lib.permutation(len(fits), config["seed"], 0, stream=1)
+    chosen = sorted(fits[share[:block["eval_rows"]]].tolist())
+    rest = sorted(set(range(len(rows))) - set(chosen))
+    others, train_rows, held_rows = (
+        examples, rows.select(rest), rows.select(chosen))
+  else:
+    others, chosen, train_rows, held_rows = examples, [], rows, None
+  train_rows, counts = dataset_lib.fit(
+      train_rows, block["max_length"], block["overlong"])
+  print(f"data: {counts.kept} rows to train on ({counts.truncated} truncated, "
+        f"{counts.dropped} dropped at data.max_length={block['max_length']}), "
+        f"{0 if held_rows is None else len(held_rows)} held out")
+  return train_rows, held_rows, [others[int(i)] for i in chosen]
+
+
+def prompt(
+    model: api.Model, example: formats.Example, system: str
+) -> tuple[list[int], str, str] | None:
+  """(tokens, prompt, reference) of a row, or None if it has no prompt."""
+  if example.messages is not None:
+    turn = next((i for i, m in enumerate(example.messages)
+                 if m["role"] == "assistant"), None)
+    if turn is None:
+      return None
+    asked = example.messages[:turn]
+    tokens = templates.encode_prompt(
+        asked, model.tokenizer, add_system=system or None)
+    text = "\n\n".join(m["content"] for m in asked)
+    return tokens.tolist(), text, example.messages[turn]["content"]
+  if example.completion is not None:
+    text = example.prompt or ""
+    tokens = templates.encode_text(text, model.tokenizer)
+    return tokens.tolist(), text, example.completion
+  return None
+
+
+def execute(config: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+  """Runs a resolved config in a work directory; returns the summary."""
+  blocks.check(config)
+  open_workdir(folder, config)
+  print(f"work directory: {folder}")
+  precision = "highest" if config["compute"]["dtype"] == "float32" else None
+  with jax.default_matmul_precision(precision):
+    return _execute(config, folder)
+
+
+def _execute(config, folder):
+  model = api.load(
+      blocks.locate(config["model"]["path"]), quant=blocks.quant(config),
+      dtype=config["compute"]["dtype"], skip=blocks.skip(config),
+      chat_template=blocks.chat_template(config), mesh=blocks.mesh(config))
+  rows, held_out, examples = datasets(model, config)
+  if config["adapter"]["init_from"]:
+    model = model.with_adapter(
+        config["adapter"]["init_from"], dropout=config["adapter"]["dropout"])
+  else:
+    model = model.adapt(blocks.adapter(config), seed=config["seed"])
+  train = blocks.train(config)
+  asked = [p for p in (prompt(model, e, config["data"]["system"])
+                       for e in examples) if p][:config["train"]["samples"]]
+
+  def sample(trained):
+    answers = trained.generate(
+        [tokens for tokens, _, _ in asked],
+        max_new_tokens=config["train"]["sample_tokens"])
+    return [model.tokenizer.decode(a, skip_special_tokens=True)
+            for a in answers]
+
+  def save(trained, step=None):
+    if trained.adapter_config.method == "full":
+      trained.save_merged(folder / "model")
+    elif trained.adapter_config.method != "none":
+      trained.save(folder / "adapter")
+
+  model, outcome = model.train(
+      rows, held_out, workdir=folder, config=train,
+      optim=blocks.optim(config), max_length=config["data"]["max_length"],
+      packing=config["data"]["packing"], remat=config["compute"]["remat"],
+      seed=config["seed"], sample=sample if asked else None, save_best=save)
+  if held_out is None:
+    save(model)
+  return finish(model, outcome, folder, [a[1:] for a in asked])
+
+
+def finish(
+    model: api.Model, outcome: loop.Outcome, folder: pathlib.Path,
+    prompts: list[tuple[str, str]]
+) -> dict[str, Any]:
+  """Writes and prints the result."""
+  found = report.summary(model, outcome, folder)
+  workdir_lib.write_json(folder / "summary.json", found)
+  workdir_lib.write_bytes(
+      folder / "samples.md",
+      report.samples(prompts, outcome.progress.samples).encode())
+  report.plot(folder)
+  if "eval_loss_change" in found:
+    low, high = found["eval_loss_change_95"]
+    print(f"held-out loss {found['initial_eval_loss']:.4f} -> "
+          f"{found['final_eval_loss']:.4f} nats a token: "
+          f"{found['eval_loss_change']:+.4f}, 95% interval [{low:+.4f}, "
+          f"{high:+.4f}] over {found['eval_rows']} rows; perplexity "
+          f"{found['perplexity']:.2f}")
+  print(f"{found['trainable_parameters']:,} of {found['total_parameters']:,} "
+        f"parameters trained; {found['wall_seconds']:.0f} s, peak memory "
+        f"{found['peak_host_bytes'] / 2**30:.2f} GiB; see {folder}")
+  return found
+
+
+def main() -> None:
+  config = flags.FLAGS.config
+  if config is None:
+    raise errors.UsageError(
+        "--config is missing; e.g. --config=configs/quickstart.py")
+  resolved = json.loads(config.to_json_best_effort())
+  name = next((a.partition("=")[2] for a in sys.argv
+               if a.startswith("--config=")), "run")
+  name = pathlib.Path(name.partition(":")[0]).stem
+  folder = (pathlib.Path(flags.FLAGS.workdir) if flags.FLAGS.workdir
+            else default_workdir(name, resolved))
+  execute(resolved, folder)
+
+
+if __name__ == "__main__":
+  cli.run(main)

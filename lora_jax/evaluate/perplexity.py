@@ -1,0 +1,103 @@
+"""Loss and perplexity of held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import types
+from lora_jax.models import config as config_lib
+from lora_jax.models import decoder
+from lora_jax.train import loss
+
+
+@dataclasses.dataclass(frozen=True)
+class RowLosses:
+  """Losses of an evaluation set, one entry a row.
+
+  Attributes:
+    nll: `[n]` float64, sum of weight * nll over the row's tokens; nats.
+    weight: `[n]` float64, sum of the weights (tokens, usually).
+  """
+
+  nll: np.ndarray
+  weight: np.ndarray
+
+  @property
+  def loss(self) -> float:
+    """Mean nats a token over the whole set."""
+    return float(self.nll.sum() / self.weight.sum())
+
+  @property
+  def perplexity(self) -> float:
+    return float(np.exp(self.loss))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "dtype"))
+def row_nll(
+    adapter_tree: types.Tree,
+    base: types.Tree,
+    batch: types.Batch,
+    *,
+    model: config_lib.ModelConfig,
+    dtype: str = "float32",
+) -> tuple[jax.Array, jax.Array]:
+  """(sum of weight * nll, sum of weight) of every row, `[b]` each.
+
+  Args:
+    adapter_tree: whole adapters, or None.
+    base: the frozen base.
+    batch: `[b, t]`.
+    model: static.
+    dtype: static, compute type.
+  """
+  hidden, _ = decoder.forward(
+      model, base, adapter_tree, batch.tokens, batch.positions,
+      batch.segment_ids, dtype=dtype)
+  b, t = batch.tokens.shape
+  size = loss.chunk_size(b * t, model.vocab_size)
+
+  def one(xs):
+    h, targets = xs
+    logits = decoder.unembed(model, base, adapter_tree, h)
+    return loss.token_nll(logits, targets)
+
+  nll = jax.lax.map(one, loss.chunks((hidden, batch.targets), size))
+  nll = nll.reshape(-1)[:b * t].reshape(b, t)
+  weights = batch.loss_weights
+  return jnp.sum(nll * weights, -1), jnp.sum(weights, -1)
+
+
+def row_losses(
+    adapter_tree: types.Tree,
+    base: types.Tree,
+    batches: Iterable[tuple[types.Batch, np.ndarray]],
+    *,
+    model: config_lib.ModelConfig,
+    dtype: str = "float32",
+) -> RowLosses:
+  """Losses of every row of `batches`, in the order of their indices.
+
+  Args:
+    adapter_tree: whole adapters, or None.
+    base: the frozen base.
+    batches: `(batch [b, t], indices [n <= b])`; rows past `n` are padding.
+    model: the architecture.
+    dtype: compute type.
+
+  Returns:
+    One entry for each index, from 0 to the largest.
+  """
+  found = {}
+  for batch, indices in batches:
+    nll, weight = row_nll(adapter_tree, base, batch, model=model, dtype=dtype)
+    rows = zip(indices.tolist(), np.asarray(nll, np.float64),
+               np.asarray(weight, np.float64))
+    found.update({index: (n, w) for index, n, w in rows})
+  ordered = np.asarray([found[i] for i in range(len(found))])
+  return RowLosses(nll=ordered[:, 0], weight=ordered[:, 1])

@@ -1,0 +1,317 @@
+"""The training loop: steps, evaluations, checkpoints, and going on again.
+
+A run is a pure function of its config: the batch of a step, the dropout of a
+token and the learning rate depend on (seed, step) alone. Whatever is killed
+goes on from the newest sound checkpoint and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+import dataclasses
+import math
+import pathlib
+import time
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from lora_jax import errors
+from lora_jax import types
+from lora_jax.models import config as config_lib
+from lora_jax.train import checkpoint as checkpoint_lib
+from lora_jax.train import compiles as compiles_lib
+from lora_jax.train import optim as optim_lib
+from lora_jax.train import progress as progress_lib
+from lora_jax.train import step as step_lib
+from lora_jax.train import workdir as workdir_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """The `train` block of a config.
+
+  Attributes:
+    steps: optimisation steps.
+    batch_size: rows of a micro-batch.
+    accumulation: micro-batches of a step.
+    log_every: steps between lines of `metrics.jsonl`.
+    eval_every: steps between evaluations; 0 is at the start and end only.
+    checkpoint_every: steps between checkpoints; 0 is at the end only.
+    patience: evaluations without a new best before stopping early; 0 is off.
+    keep: how many of the newest checkpoints are kept, beside the best.
+  """
+
+  steps: int = 100
+  batch_size: int = 4
+  accumulation: int = 1
+  log_every: int = 1
+  eval_every: int = 0
+  checkpoint_every: int = 0
+  patience: int = 0
+  keep: int = 2
+
+  def validate(self) -> TrainConfig:
+    """Returns itself; raises `errors.UsageError` on a bad value."""
+    for name, least in {"steps": 0, "batch_size": 1, "accumulation": 1,
+                        "log_every": 1, "eval_every": 0, "patience": 0,
+                        "checkpoint_every": 0, "keep": 1}.items():
+      value = getattr(self, name)
+      if not isinstance(value, int) or value < least:
+        raise errors.UsageError(
+            f"train.{name}={value} is out of range; use an integer of at "
+            f"least {least}")
+    return self
+
+
+class Batches(Protocol):
+  """Where batches come from; a pure function of the step."""
+
+  def batch(self, step: int) -> types.Batch: ...
+
+  def row_indices(self, step: int) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What is trained, on what.
+
+  Attributes:
+    model: the architecture.
+    base: the frozen base.
+    frozen: the frozen part of the adapters.
+    batches: source of training batches `[a, b, t]`.
+    learning_rates: `[steps]`.
+    optim: the other hyperparameters.
+    settings: static choices of the step.
+    key: PRNG key of the run.
+    place: puts a batch on the devices.
+    evaluate: params -> row losses (`.loss`, `.perplexity`), or None.
+    sample: params -> texts, or None.
+    save_best: `(params, step)`, called whenever an evaluation is the best.
+  """
+
+  model: config_lib.ModelConfig
+  base: types.Tree
+  frozen: types.Tree
+  batches: Batches
+  learning_rates: np.ndarray
+  optim: optim_lib.OptimConfig
+  settings: step_lib.Settings
+  key: jax.Array
+  place: Callable[[types.Batch], types.Batch] = lambda batch: batch
+  evaluate: Callable[[types.Tree], Any] | None = None
+  sample: Callable[[types.Tree], list[str]] | None = None
+  save_best: Callable[[types.Tree, int], None] | None = None
+
+
+@dataclasses.dataclass
+class Progress:
+  """What a checkpoint keeps beside arrays: a JSON value."""
+
+  step: int = 0
+  tokens: int = 0
+  seconds: float = 0.0
+  best_step: int | None = None
+  best_loss: float = float("inf")
+  stale: int = 0
+  samples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+  def meta(self) -> dict[str, Any]:
+    value = dataclasses.asdict(self)
+    value["best_loss"] = None if self.best_step is None else self.best_loss
+    return value
+
+  @classmethod
+  def from_meta(cls, meta: dict[str, Any]) -> Progress:
+    if meta["best_loss"] is None:
+      meta = meta | {"best_loss": float("inf")}
+    return cls(**meta)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """What `fit` returns."""
+
+  state: step_lib.TrainState
+  progress: Progress
+  compile_seconds: float
+  compiles: int
+  stopped_early: bool
+
+
+def fit(
+    task: Task,
+    state: step_lib.TrainState,
+    config: TrainConfig,
+    folder: pathlib.Path,
+) -> Outcome:
+  """Trains from `state`, or from the newest checkpoint in `folder`.
+
+  Args:
+    task: what is trained.
+    state: the state before the first step; donated.
+    config: how long, how often.
+    folder: the work directory.
+
+  Returns:
+    The final state and what happened.
+
+  Raises:
+    errors.UserError: if the loss is no longer finite (the step and its rows
+      are in `nonfinite.json`), or the disk is full.
+  """
+  return _Run(task, config, folder).run(state)
+
+
+class _Run:
+  """The mutable side of `fit`: files, counters, the queue of metrics."""
+
+  def __init__(self, task, config, folder):
+    self.task, self.config, self.folder = task, config, folder
+    self.progress = Progress()
+    self.line = progress_lib.Progress(config.steps, config.log_every)
+    # Metrics of steps that the device may still be working on.
+    self.pending: collections.deque = collections.deque()
+    self.compiles = compiles_lib.CompileClock()
+
+  def run(self, state):
+    with self.compiles:
+      return self._run(state)
+
+  def _run(self, state):
+    checkpoints = checkpoint_lib.Checkpoints(
+        self.folder / "checkpoints", self.config.keep)
+    restored = checkpoints.restore(state)
+    if restored is not None:
+      state, meta = restored
+      self.progress = Progress.from_meta(meta)
+      self.line.note(f"going on from step {self.progress.step}")
+    self.began = time.monotonic() - self.progress.seconds
+    self.metrics = workdir_lib.Metrics(
+        self.folder / "metrics.jsonl",
+        self.progress.step if restored is not None else -1)
+    try:
+      if restored is None:
+        self._evaluate(state.params, 0)
+        self._sample(state.params, 0)
+      stopped = self._stale()
+      self.clock = self._now()
+      for i in range(self.progress.step, self.config.steps):
+        if stopped:
+          break
+        state = self._step(state, i)
+        stopped = self._after(state, i + 1, checkpoints)
+      if not self.config.steps:  # There was no checkpoint to note it.
+        self.progress.seconds = time.monotonic() - self.began
+      return Outcome(state, self.progress, self.compiles.seconds,
+                     self.compiles.count, stopped)
+    finally:
+      self.metrics.close()
+      checkpoints.close()
+
+  def _now(self):
+    """Time without compilation, which is no part of the speed."""
+    return time.monotonic() - self.compiles.seconds
+
+  def _step(self, state, i):
+    task = self.task
+    state, metrics = step_lib.train_step(
+        state, task.frozen, task.base, task.place(task.batches.batch(i)),
+        optim_lib.hyper(task.optim, task.learning_rates[i]), task.key,
+        model=task.model, settings=task.settings)
+    self.pending.append((i + 1, metrics))
+    # One step in flight: the host prepares the next batch meanwhile.
+    while len(self.pending) > 1:
+      self._drain_one()
+    return state
+
+  def _drain_one(self):
+    number, metrics = self.pending.popleft()
+    metrics = {k: v.item() for k, v in jax.device_get(metrics).items()}
+    if not metrics["finite"]:
+      self._stop_nonfinite(number, metrics)
+    self.progress.step = number
+    self.progress.tokens += metrics["tokens"]
+    now = self._now()
+    speed = metrics["tokens"] / max(now - self.clock, 1e-9)
+    self.clock = now
+    self.line.update(number, metrics["loss"], speed)
+    if number % self.config.log_every == 0 or number == self.config.steps:
+      self.metrics.write({
+          "step": number, "loss": metrics["loss"],
+          "grad_norm": metrics["grad_norm"],
+          "lr": float(self.task.learning_rates[number - 1]),
+          "tokens": self.progress.tokens, "tokens_per_s": round(speed, 1)})
+
+  def _stop_nonfinite(self, number, metrics):
+    rows = np.asarray(self.task.batches.row_indices(number - 1)).tolist()
+    path = self.folder / "nonfinite.json"
+    workdir_lib.write_json(path, {
+        "step": number, "loss": repr(metrics["loss"]),
+        "grad_norm": repr(metrics["grad_norm"]), "rows": rows})
+    raise errors.UserError(
+        f"step {number}: loss={metrics['loss']}, "
+        f"grad_norm={metrics['grad_norm']} is not finite; its {len(rows)} "
+        f"rows are in {path}; lower optim.learning_rate or look at the rows "
+        "(earlier checkpoints are intact)")
+
+  def _after(self, state, number, checkpoints):
+    config, last = self.config, number == self.config.steps
+    due = lambda every: last or (every and number % every == 0)
+    if not due(config.eval_every) and not due(config.checkpoint_every):
+      return False
+    while self.pending:
+      self._drain_one()
+    stopped = False
+    if due(config.eval_every):
+      self._evaluate(state.params, number)
+      stopped = self._stale()
+      if last or stopped:
+        self._sample(state.params, number)
+    if due(config.checkpoint_every) or stopped:
+      self.progress.seconds = time.monotonic() - self.began
+      self.metrics.sync()
+      checkpoints.save(
+          number, state, self.progress.meta(), self.progress.best_step)
+    self.clock = self._now()
+    return stopped
+
+  def _stale(self):
+    return 0 < self.config.patience <= self.progress.stale
+
+  def _evaluate(self, params, number):
+    if self.task.evaluate is None:
+      return
+    rows = self.task.evaluate(params)
+    if not math.isfinite(rows.loss):
+      raise errors.UserError(
+          f"step {number}: the held-out loss is {rows.loss}, not finite; "
+          + ("lower optim.learning_rate (earlier checkpoints are intact)"
+             if number else "look at the weights of model.path, or use "
+             "compute.dtype=float32"))
+    save_rows(self.folder, number, rows)
+    self.metrics.write({"step": number, "eval_loss": rows.loss,
+                        "perplexity": rows.perplexity})
+    self.line.note(f"step {number}/{self.config.steps}  held-out loss "
+                   f"{rows.loss:.4f}  perplexity {rows.perplexity:.3f}")
+    progress = self.progress
+    if rows.loss < progress.best_loss:
+      progress.best_loss, progress.best_step = rows.loss, number
+      progress.stale = 0
+      if self.task.save_best is not None:
+        self.task.save_best(params, number)
+    else:
+      progress.stale += 1
+
+  def _sample(self, params, number):
+    if self.task.sample is not None:
+      self.progress.samples[str(number)] = self.task.sample(params)
+
+
+def save_rows(folder: pathlib.Path, number: int, rows: Any) -> None:
+  """Keeps an evaluation's row losses as `evals/<step>.json`."""
+  workdir_lib.write_json(folder / "evals" / f"{number}.json", {
+      "nll": rows.nll.tolist(), "weight": rows.weight.tolist()})

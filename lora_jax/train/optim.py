@@ -1,0 +1,160 @@
+"""AdamW, schedules and clipping, with every number traced.
+
+A learning rate, a weight decay or a schedule is data, not program: a sweep
+over them compiles one step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lora_jax import errors
+from lora_jax import types
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+  """The `optim` block of a config.
+
+  Attributes:
+    learning_rate: peak learning rate.
+    schedule: a key of `SCHEDULES`.
+    warmup: steps of linear warm-up; below 1, a share of all steps.
+    weight_decay: decoupled decay (AdamW), on matrices only.
+    clip_norm: largest global norm of the gradient; 0 is off.
+    b1, b2, eps: Adam's.
+    decay: share of all steps over which `wsd` decays at the end.
+    final: learning rate at the end, as a share of the peak.
+  """
+
+  learning_rate: float = 2e-4
+  schedule: str = "cosine"
+  warmup: float = 0.03
+  weight_decay: float = 0.0
+  clip_norm: float = 1.0
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  decay: float = 0.2
+  final: float = 0.0
+
+  def validate(self) -> OptimConfig:
+    """Returns itself; raises `errors.UsageError` on a bad value."""
+    errors.choose("optim.schedule", self.schedule, SCHEDULES)
+    ranges = {
+        "learning_rate": (0.0, 100.0), "warmup": (0.0, 1e9),
+        "weight_decay": (0.0, 1e3), "clip_norm": (0.0, 1e9),
+        "b1": (0.0, 1.0), "b2": (0.0, 1.0), "eps": (0.0, 1.0), "decay": (0.0, 1.0),
+        "final": (0.0, 1.0)}
+    for name, (low, high) in ranges.items():
+      value = getattr(self, name)
+      if not low <= value <= high:
+        raise errors.UsageError(
+            f"optim.{name}={value} is out of range; use a number from {low:g} "
+            f"to {high:g}")
+    return self
+
+
+@struct.dataclass
+class Hyper:
+  """What a step is told of the optimiser; float32 scalars, all traced."""
+
+  learning_rate: types.Array
+  weight_decay: types.Array
+  clip_norm: types.Array
+  b1: types.Array
+  b2: types.Array
+  eps: types.Array
+
+
+def _cosine(config, steps):
+  return optax.cosine_decay_schedule(1.0, steps, config.final)
+
+
+def _linear(config, steps):
+  return optax.linear_schedule(1.0, config.final, steps)
+
+
+def _constant(config, steps):
+  del config, steps
+  return optax.constant_schedule(1.0)
+
+
+def _wsd(config, steps):
+  # Warm-up, stable, decay (arXiv 2404.06395); the decay here is linear.
+  decay = max(1, round(config.decay * steps))
+  return optax.join_schedules(
+      [optax.constant_schedule(1.0),
+       optax.linear_schedule(1.0, config.final, decay)], [steps - decay])
+
+
+def _inverse_sqrt(config, steps):
+  # lr ~ 1/sqrt(step) from the end of the warm-up on (Vaswani et al. 2017).
+  del steps
+  knee = max(config.warmup, 1.0)
+  return lambda step: jnp.sqrt(knee / (knee + step))
+
+
+SCHEDULES = {
+    "cosine": _cosine,
+    "linear": _linear,
+    "constant": _constant,
+    "wsd": _wsd,
+    "inverse_sqrt": _inverse_sqrt,
+}
+
+
+def learning_rates(config: OptimConfig, steps: int) -> np.ndarray:
+  """Learning rate of every step, `[steps]` float32.
+
+  Warm-up is linear over `warmup` steps, or that share of all steps below 1,
+  and reaches the peak on its last step; the schedule follows.
+  """
+  warmup = config.warmup
+  warmup = round(warmup * steps) if warmup < 1 else int(warmup)
+  warmup = min(warmup, steps)
+  config = dataclasses.replace(config, warmup=float(warmup))
+  after = SCHEDULES[config.schedule](config, max(steps - warmup, 1))
+  values = [(i + 1) / warmup for i in range(warmup)]
+  rest = np.arange(steps - warmup)
+  tail = np.asarray(jax.vmap(after)(rest)) if rest.size else rest
+  return np.float32(config.learning_rate) * np.concatenate(
+      [np.asarray(values, np.float32), tail.astype(np.float32)])
+
+
+def hyper(config: OptimConfig, learning_rate: float) -> Hyper:
+  """The traced values of one step."""
+  clip = config.clip_norm if config.clip_norm > 0 else np.inf
+  values = (learning_rate, config.weight_decay, clip, config.b1, config.b2,
+            config.eps)
+  return Hyper(*map(np.float32, values))
+
+
+def decay_mask(params: types.Tree) -> types.Tree:
+  """True for matrices; norms, biases and magnitudes do not decay.
+
+  Leaves of the scanned layers carry a leading `l` axis, which does not count.
+  """
+
+  def matrix(path, leaf):
+    stacked = any(getattr(k, "name", getattr(k, "key", None)) == "layers"
+                  for k in path)
+    return leaf.ndim - stacked >= 2
+
+  return jax.tree_util.tree_map_with_path(matrix, params)
+
+
+def transform(values: Hyper) -> optax.GradientTransformation:
+  """AdamW (arXiv 1711.05101) after clipping by global norm."""
+  return optax.chain(
+      optax.clip_by_global_norm(values.clip_norm),
+      optax.scale_by_adam(values.b1, values.b2, values.eps),
+      optax.add_decayed_weights(values.weight_decay, decay_mask),
+      optax.scale(-values.learning_rate),
+  )

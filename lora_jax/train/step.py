@@ -1,0 +1,193 @@
+"""One optimisation step: a pure function of state, batch and frozen trees."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from lora_jax import adapters
+from lora_jax import types
+from lora_jax.models import config as config_lib
+from lora_jax.models import decoder
+from lora_jax.train import loss
+from lora_jax.train import optim
+
+
+@struct.dataclass
+class TrainState:
+  """What a step changes; the frozen base is not in here.
+
+  Attributes:
+    step: int32 scalar, steps done.
+    params: trainable part of the adapters, float32.
+    opt_state: optax state.
+  """
+
+  step: types.Array
+  params: types.Tree
+  opt_state: types.Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """Static choices of the program.
+
+  Attributes:
+    dtype: compute type of activations, `float32` or `bfloat16`.
+    remat: a key of `models.remat.POLICIES`.
+    noise: whether the adapters' dropout is drawn.
+  """
+
+  dtype: str = "float32"
+  remat: str = "named"
+  noise: bool = False
+
+
+def init_state(params: types.Tree) -> TrainState:
+  """State before the first step; `params` is copied (steps donate it)."""
+  params = jax.tree.map(jnp.array, params)
+  zero = optim.Hyper(*([jnp.float32(0)] * 6))
+  return TrainState(
+      step=jnp.int32(0), params=params,
+      opt_state=optim.transform(zero).init(params))
+
+
+def _head(tree):
+  """The parts of (base, adapters) that `decoder.unembed` reads."""
+  base, adapter_tree = tree
+  if base is not None:
+    base = base.replace(layers=None)
+  overrides = adapter_tree.overrides
+  if overrides is not None:
+    overrides = overrides.replace(layers=None)
+  return base, adapter_tree.replace(layers=None, overrides=overrides)
+
+
+def weighted_sum(
+    params: types.Tree,
+    frozen: types.Tree,
+    base: types.Tree,
+    batch: types.Batch,
+    key: jax.Array,
+    *,
+    model: config_lib.ModelConfig,
+    settings: Settings,
+) -> jax.Array:
+  """Sum of `loss_weights * nll` over a `[b, t]` batch.
+
+  Args:
+    params: trainable part of the adapters.
+    frozen: frozen part of the adapters.
+    base: the frozen base.
+    batch: `[b, t]`.
+    key: PRNG key of this step.
+    model: the architecture.
+    settings: static choices.
+
+  Returns:
+    A float32 scalar.
+  """
+
+  def noise(part):
+    if not settings.noise:
+      return None
+    return adapters.Noise(key, part.example_ids, part.positions)
+
+  tree = adapters.join(params, frozen)
+  hidden, _ = decoder.forward(
+      model, base, tree, batch.tokens, batch.positions, batch.segment_ids,
+      noise=noise(batch), dtype=settings.dtype, remat=settings.remat)
+
+  def unembed(trainable, rest, chunk, part):
+    head_base, head_frozen, step_key = rest
+    del step_key
+    joined = adapters.join(trainable, head_frozen)
+    return decoder.unembed(
+        model, head_base, joined, chunk, noise=noise(part))
+
+  head_base, head_frozen = _head((base, frozen))
+  _, head_params = _head((None, params))
+  return loss.weighted_nll(
+      unembed, head_params, (head_base, head_frozen, key), hidden, batch,
+      model.vocab_size)
+
+
+def loss_and_grads(params, frozen, base, batch, key, *, model, settings):
+  """Loss normalised by the batch's weight, and its gradient.
+
+  Args:
+    params, frozen, base, key, model, settings: see `weighted_sum`.
+    batch: `[a, b, t]`; micro-batches are accumulated. The weight of all of
+      them is the denominator, so that the split into micro-batches and the
+      padding in each change nothing.
+
+  Returns:
+    (float32 scalar, tree like `params`).
+  """
+  total = jnp.maximum(jnp.sum(batch.loss_weights), 1e-9)
+  value_and_grad = jax.value_and_grad(weighted_sum)
+
+  def micro(carry, part):
+    value, grads = value_and_grad(
+        params, frozen, base, part, key, model=model, settings=settings)
+    return jax.tree.map(jnp.add, carry, (value, grads)), None
+
+  start = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
+  (value, grads), _ = jax.lax.scan(micro, start, batch)
+  return jax.tree.map(lambda x: x / total, (value, grads))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "settings"), donate_argnames="state")
+def train_step(
+    state: TrainState,
+    frozen: types.Tree,
+    base: types.Tree,
+    batch: types.Batch,
+    hyper: optim.Hyper,
+    key: jax.Array,
+    *,
+    model: config_lib.ModelConfig,
+    settings: Settings,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One step.
+
+  A step whose loss or gradient is not finite changes nothing but the
+  counter, so that the state stays fit to be saved and looked at.
+
+  Args:
+    state: donated.
+    frozen: frozen part of the adapters.
+    base: the frozen base.
+    batch: `[a, b, t]`.
+    hyper: learning rate and the like, traced.
+    key: PRNG key of the run; the step is folded in here.
+    model: static.
+    settings: static.
+
+  Returns:
+    The next state, and scalars `loss`, `grad_norm`, `tokens`, `finite`.
+  """
+  value, grads = loss_and_grads(
+      state.params, frozen, base, batch,
+      jax.random.fold_in(key, state.step), model=model, settings=settings)
+  norm = optax.global_norm(grads)
+  finite = jnp.isfinite(value) & jnp.isfinite(norm)
+  updates, opt_state = optim.transform(hyper).update(
+      grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  params, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old),
+      (params, opt_state), (state.params, state.opt_state))
+  metrics = {
+      "loss": value,
+      "grad_norm": norm,
+      "tokens": jnp.sum(batch.segment_ids > 0),
+      "finite": finite,
+  }
+  return TrainState(state.step + 1, params, opt_state), metrics
