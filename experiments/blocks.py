@@ -71,8 +71,8 @@ def check(config: Config) -> None:
   Raises:
     errors.UsageError: for the first value that cannot be.
   """
-  for block in (quant, skip, adapter, train, optim):
-    block(config)
+  for build in (quant, skip, adapter, train, optim):
+    build(config)
   errors.choose("compute.dtype", config["compute"]["dtype"],
                 {"float32": 0, "bfloat16": 0})
   errors.choose("compute.remat", config["compute"]["remat"], remat.POLICIES)

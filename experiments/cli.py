@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 import difflib
+import logging as std_logging
 import pathlib
 import runpy
 import sys
@@ -22,7 +23,17 @@ from lora_jax import errors
 
 def run(main: Callable[[], None], argv: list[str] | None = None) -> None:
   """Parses flags, runs `main` and exits with its code."""
+  sys.unraisablehook = _unraisable
+  # A failed checkpoint leaves tasks nobody waits for; the error was raised.
+  std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
   sys.exit(_code(main, sys.argv if argv is None else argv))
+
+
+def _unraisable(report) -> None:
+  # When a checkpoint fails (and orbax has raised that), TensorStore reports
+  # every other write that then finds orbax's event loop gone.
+  if str(report.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(report)
 
 
 def _code(main, argv) -> int:

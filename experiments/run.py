@@ -25,8 +25,8 @@ from experiments import cli
 from experiments import report
 from lora_jax import api
 from lora_jax import errors
-from lora_jax.data import formats
 from lora_jax.data import dataset as dataset_lib
+from lora_jax.data import formats
 from lora_jax.data import sources
 from lora_jax.data import templates
 from lora_jax.train import loop
@@ -80,7 +80,8 @@ def _differences(old, new, prefix=""):
 
 def datasets(
     model: api.Model, config: dict[str, Any]
-) -> tuple[dataset_lib.Dataset, dataset_lib.Dataset | None, list[formats.Example]]:
+) -> tuple[dataset_lib.Dataset, dataset_lib.Dataset | None,
+           list[formats.Example]]:
   """Rows to train on, rows held out, and the held-out examples.
 
   Held-out rows are drawn from those of at most `data.eval_max_length`

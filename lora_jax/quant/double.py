@@ -71,7 +71,8 @@ class Nested:
   def dequantize(self) -> jax.Array:
     """`map[codes] * nested_absmax + offset`, float32 `[q, o]`, unfused."""
     rows, out = self.codes.shape
-    number = np.arange(out)[None] * rows + np.arange(rows)[:, None]
+    # On the device: as a constant of the program it would be megabytes.
+    number = jnp.arange(out)[None] * rows + jnp.arange(rows)[:, None]
     table = jnp.asarray(dynamic_map())
     value = table.at[self.codes].get(mode="promise_in_bounds")
     scale = jnp.asarray(self.nested_absmax)[number // BLOCK]

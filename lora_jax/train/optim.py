@@ -50,8 +50,8 @@ class OptimConfig:
     ranges = {
         "learning_rate": (0.0, 100.0), "warmup": (0.0, 1e9),
         "weight_decay": (0.0, 1e3), "clip_norm": (0.0, 1e9),
-        "b1": (0.0, 1.0), "b2": (0.0, 1.0), "eps": (0.0, 1.0), "decay": (0.0, 1.0),
-        "final": (0.0, 1.0)}
+        "b1": (0.0, 1.0), "b2": (0.0, 1.0), "eps": (0.0, 1.0),
+        "decay": (0.0, 1.0), "final": (0.0, 1.0)}
     for name, (low, high) in ranges.items():
       value = getattr(self, name)
       if not low <= value <= high:

@@ -7,6 +7,7 @@ Nothing of JAX has been initialised when it forks.
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import itertools
 import json
@@ -14,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 
 
 class Server:
@@ -86,8 +88,7 @@ def _serve(main):
       reply = os.fork()
       if not reply:
         _become(request)
-        main()
-        return  # `main` exits.
+        _exit_from(main)
     print(json.dumps(reply), flush=True)
 
 
@@ -106,6 +107,21 @@ def _become(request):
   if request["die"]:
     _kill_at(*request["die"].split(":"))
   sys.argv = ["experiments/run.py", *request["argv"]]
+
+
+def _exit_from(main):
+  """Ends as the interpreter does, but leaves its many objects alone."""
+  code = 1
+  try:
+    main()
+  except SystemExit as end:
+    code = end.code or 0
+  except BaseException:
+    traceback.print_exc()
+  atexit._run_exitfuncs()
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
 
 
 def _kill_at(module, attribute, number):

@@ -17,10 +17,8 @@ RUN = dict(
 
 # What is called at the moment of the kill; a run is killed at all of them.
 MOMENTS = {
-    "before the first step": "lora_jax.train.step:train_step:1",
     "between steps": "lora_jax.train.step:train_step:4",
     "in an evaluation": "lora_jax.evaluate.perplexity:row_nll:1",
-    "a checkpoint without its digests": "lora_jax.train.checkpoint:_digest:3",
     "while the adapter is written": "lora_jax.export.tensors:write:1",
     "after the last step": "experiments.report:summary:1",
 }
