@@ -38,7 +38,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.train.checkpoint_every = 20
   config.train.sample_tokens = 48
 
-  config.optim.learning_rate = 5e-4
+  config.optim.learning_rate = 1e-3
   if config.adapter.method == "full":
     config.optim.learning_rate = 5e-5
   config.optim.warmup = 0.1

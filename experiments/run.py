@@ -23,12 +23,9 @@ from ml_collections import config_flags
 from experiments import blocks
 from experiments import cli
 from experiments import report
+from experiments import rows as rows_lib
 from lora_jax import api
 from lora_jax import errors
-from lora_jax.data import dataset as dataset_lib
-from lora_jax.data import formats
-from lora_jax.data import sources
-from lora_jax.data import templates
 from lora_jax.train import loop
 from lora_jax.train import workdir as workdir_lib
 
@@ -78,71 +75,6 @@ def _differences(old, new, prefix=""):
       yield f"{prefix}{key}", a, b
 
 
-def datasets(
-    model: api.Model, config: dict[str, Any]
-) -> tuple[dataset_lib.Dataset, dataset_lib.Dataset | None,
-           list[formats.Example]]:
-  """Rows to train on, rows held out, and the held-out examples.
-
-  Held-out rows are drawn from those of at most `data.eval_max_length`
-  tokens; all others are trained on.
-  """
-  block = config["data"]
-  encode = lambda examples: model.encode(
-      examples, max_length=2**30, system=block["system"] or None)
-  examples = sources.read(
-      blocks.locate(block["path"]), block["format"], block["split"])
-  examples = examples[:block["rows"] or None]
-  rows = encode(examples)
-  if block["eval_path"]:
-    others = sources.read(blocks.locate(block["eval_path"]), block["format"])
-    held = encode(others)
-    chosen = (held.lengths <= block["eval_max_length"]).nonzero()[0]
-    chosen = chosen[:block["eval_rows"] or None]
-    train_rows, held_rows = rows, held.select(chosen)
-  elif block["eval_rows"]:
-    fits = (rows.lengths <= block["eval_max_length"]).nonzero()[0]
-    if not block["eval_rows"] < len(rows) or len(fits) < block["eval_rows"]:
-      raise errors.UsageError(
-          f"data.eval_rows={block['eval_rows']}, but {block['path']} has "
-          f"{len(rows)} rows, {len(fits)} of them of at most data.eval_max_"
-          f"length={block['eval_max_length']} tokens; lower it")
-    share = dataset_lib.permutation(len(fits), config["seed"], 0, stream=1)
-    chosen = sorted(fits[share[:block["eval_rows"]]].tolist())
-    rest = sorted(set(range(len(rows))) - set(chosen))
-    others, train_rows, held_rows = (
-        examples, rows.select(rest), rows.select(chosen))
-  else:
-    others, chosen, train_rows, held_rows = examples, [], rows, None
-  train_rows, counts = dataset_lib.fit(
-      train_rows, block["max_length"], block["overlong"])
-  print(f"data: {counts.kept} rows to train on ({counts.truncated} truncated, "
-        f"{counts.dropped} dropped at data.max_length={block['max_length']}), "
-        f"{0 if held_rows is None else len(held_rows)} held out")
-  return train_rows, held_rows, [others[int(i)] for i in chosen]
-
-
-def prompt(
-    model: api.Model, example: formats.Example, system: str
-) -> tuple[list[int], str, str] | None:
-  """(tokens, prompt, reference) of a row, or None if it has no prompt."""
-  if example.messages is not None:
-    turn = next((i for i, m in enumerate(example.messages)
-                 if m["role"] == "assistant"), None)
-    if turn is None:
-      return None
-    asked = example.messages[:turn]
-    tokens = templates.encode_prompt(
-        asked, model.tokenizer, add_system=system or None)
-    text = "\n\n".join(m["content"] for m in asked)
-    return tokens.tolist(), text, example.messages[turn]["content"]
-  if example.completion is not None:
-    text = example.prompt or ""
-    tokens = templates.encode_text(text, model.tokenizer)
-    return tokens.tolist(), text, example.completion
-  return None
-
-
 def execute(config: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
   """Runs a resolved config in a work directory; returns the summary."""
   blocks.check(config)
@@ -158,15 +90,19 @@ def _execute(config, folder):
       blocks.locate(config["model"]["path"]), quant=blocks.quant(config),
       dtype=config["compute"]["dtype"], skip=blocks.skip(config),
       chat_template=blocks.chat_template(config), mesh=blocks.mesh(config))
-  rows, held_out, examples = datasets(model, config)
+  rows, held_out, examples = rows_lib.datasets(model, config)
   if config["adapter"]["init_from"]:
     model = model.with_adapter(
         config["adapter"]["init_from"], dropout=config["adapter"]["dropout"])
+    found = model.adapter_config
+    print(f"adapter: {found.method} r={found.rank} alpha={found.alpha:g} of "
+          f"{config['adapter']['init_from']}; of the config's adapter block "
+          "only dropout counts")
   else:
     model = model.adapt(blocks.adapter(config), seed=config["seed"])
   train = blocks.train(config)
-  asked = [p for p in (prompt(model, e, config["data"]["system"])
-                       for e in examples) if p][:config["train"]["samples"]]
+  asked = rows_lib.prompts(
+      model, examples, config["data"]["system"], config["train"]["samples"])
 
   def sample(trained):
     answers = trained.generate(

@@ -123,7 +123,7 @@ def messages(row: Mapping[str, Any], source: str) -> Example:
 
   An optional `"weight": 0` on an assistant message takes it out of the loss.
   """
-  key = "messages" if row.get("messages") is not None else "conversations"
+  key = "conversations" if "conversations" in row else "messages"
   turns = _turns(row, key, source)
   if row.get("system") and turns[0]["role"] != "system":
     turns.insert(0, {"role": "system",

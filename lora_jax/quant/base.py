@@ -11,10 +11,7 @@ and a layer can be sharded along either axis.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
-from typing import ClassVar
-from typing import NamedTuple
-from typing import Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from flax import struct
 import jax

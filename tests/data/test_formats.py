@@ -83,7 +83,7 @@ _USER = {"role": "user", "content": "q"}
      '"completion" is empty.*delete the row'),
     ("prompt_completion", {"completion": "x"}, '"prompt" .* is missing'),
     ("prompt_completion", {"prompt": [_USER]}, '"completion" is missing'),
-    ("messages", {"text": "x"}, '"conversations" is missing'),
+    ("messages", {"text": "x"}, '"messages" is missing'),
     ("messages", {"messages": []}, "not a list of messages"),
     ("messages", {"messages": "hi"}, "not a list of messages"),
     ("messages", {"messages": [_USER]}, "no assistant message"),

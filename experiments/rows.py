@@ -1,0 +1,88 @@
+"""The rows of an experiment: to train on, held out, and to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from experiments import blocks
+from lora_jax import api
+from lora_jax import errors
+from lora_jax.data import dataset as dataset_lib
+from lora_jax.data import formats
+from lora_jax.data import sources
+from lora_jax.data import templates
+
+
+def datasets(
+    model: api.Model, config: dict[str, Any]
+) -> tuple[dataset_lib.Dataset, dataset_lib.Dataset | None,
+           list[formats.Example]]:
+  """Rows to train on, rows held out, and the held-out examples.
+
+  Held-out rows are drawn from those of at most `data.eval_max_length`
+  tokens; all others are trained on.
+  """
+  block = config["data"]
+  encode = lambda examples: model.encode(
+      examples, max_length=2**30, system=block["system"] or None)
+  examples = sources.read(
+      blocks.locate(block["path"]), block["format"], block["split"])
+  examples = examples[:block["rows"] or None]
+  rows = encode(examples)
+  if block["eval_path"]:
+    others = sources.read(blocks.locate(block["eval_path"]), block["format"])
+    held = encode(others)
+    chosen = (held.lengths <= block["eval_max_length"]).nonzero()[0]
+    chosen = chosen[:block["eval_rows"] or None]
+    train_rows, held_rows = rows, held.select(chosen)
+  elif block["eval_rows"]:
+    fits = (rows.lengths <= block["eval_max_length"]).nonzero()[0]
+    if not block["eval_rows"] < len(rows) or len(fits) < block["eval_rows"]:
+      raise errors.UsageError(
+          f"data.eval_rows={block['eval_rows']}, but {block['path']} has "
+          f"{len(rows)} rows, {len(fits)} of them of at most data.eval_max_"
+          f"length={block['eval_max_length']} tokens; lower it")
+    share = dataset_lib.permutation(len(fits), config["seed"], 0, stream=1)
+    chosen = sorted(fits[share[:block["eval_rows"]]].tolist())
+    rest = sorted(set(range(len(rows))) - set(chosen))
+    others, train_rows, held_rows = (
+        examples, rows.select(rest), rows.select(chosen))
+  else:
+    others, chosen, train_rows, held_rows = examples, [], rows, None
+  train_rows, counts = dataset_lib.fit(
+      train_rows, block["max_length"], block["overlong"])
+  print(f"data: {counts.kept} rows to train on ({counts.truncated} truncated, "
+        f"{counts.dropped} dropped at data.max_length={block['max_length']}), "
+        f"{0 if held_rows is None else len(held_rows)} held out")
+  return train_rows, held_rows, [others[int(i)] for i in chosen]
+
+
+def prompt(
+    model: api.Model, example: formats.Example, system: str
+) -> tuple[list[int], str, str] | None:
+  """(tokens, prompt, reference) of a row, or None if it has no prompt."""
+  if example.messages is not None:
+    turn = next((i for i, m in enumerate(example.messages)
+                 if m["role"] == "assistant"), None)
+    if turn is None:
+      return None
+    asked = example.messages[:turn]
+    tokens = templates.encode_prompt(
+        asked, model.tokenizer, add_system=system or None)
+    text = "\n\n".join(m["content"] for m in asked)
+    return tokens.tolist(), text, example.messages[turn]["content"]
+  if example.completion is not None:
+    text = example.prompt or ""
+    tokens = templates.encode_text(text, model.tokenizer)
+    return tokens.tolist(), text, example.completion
+  return None
+
+
+def prompts(
+    model: api.Model, examples: Sequence[formats.Example], system: str,
+    count: int
+) -> list[tuple[list[int], str, str]]:
+  """`prompt` of the first `count` examples that have one."""
+  found = (prompt(model, example, system) for example in examples)
+  return [p for p in found if p is not None][:count]
