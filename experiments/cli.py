@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 import difflib
 import logging as std_logging
+import os
 import pathlib
 import runpy
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 from absl import flags
 from absl import logging
+import jax
 
 from lora_jax import errors
 
@@ -27,6 +29,20 @@ def run(main: Callable[[], None], argv: list[str] | None = None) -> None:
   # A failed checkpoint leaves tasks nobody waits for; the error was raised.
   std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
   sys.exit(_code(main, sys.argv if argv is None else argv))
+
+
+def cache_compilations() -> None:
+  """Keeps compiled programs between runs on a GPU or TPU.
+
+  XLA tunes matrix products there for a minute or more. On a CPU compiling
+  takes seconds, and cached code is tied to the processor's features.
+  """
+  from third_party import assets
+
+  known = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+  if jax.default_backend() != "cpu" and not known:
+    jax.config.update(
+        "jax_compilation_cache_dir", str(assets.cache_dir() / "xla"))
 
 
 def _unraisable(report) -> None:
@@ -44,6 +60,7 @@ def _code(main, argv) -> int:
     if rest:
       raise errors.UsageError(
           f'"{rest[0]}" is not a flag; write --name=value (see --help)')
+    cache_compilations()
     main()
     return 0
   except errors.UsageError as error:

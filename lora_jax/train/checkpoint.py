@@ -69,9 +69,8 @@ class Checkpoints:
         self._digests / f"{step}.json", _digest(self._folder / str(step)))
     for old in self.steps()[:-self._keep]:
       if old != best_step:
-        # The digests first: a folder without them counts as unfinished.
-        (self._digests / f"{old}.json").unlink(missing_ok=True)
         self._manager.delete(old)
+        (self._digests / f"{old}.json").unlink(missing_ok=True)
 
   def restore(
       self, like: types.Tree
@@ -100,9 +99,6 @@ class Checkpoints:
       digests = self._digests / f"{path.name}.json"
       if digests.exists() and _digest(path) == _read(digests):
         continue
-      if not digests.exists():  # A kill came before the step was finished.
-        shutil.rmtree(path)
-        continue
       aside = self._folder / f"damaged-{path.name}"
       for i in range(1, 1000):
         if not aside.exists():
@@ -111,8 +107,8 @@ class Checkpoints:
       path.rename(aside)
       digests.unlink(missing_ok=True)
       logging.warning(
-          "checkpoint %s is damaged: moved to %s; the one before it is used",
-          path, aside.name)
+          "checkpoint %s is damaged or unfinished: moved to %s; the newest "
+          "sound one is used", path, aside.name)
 
 
 @contextlib.contextmanager

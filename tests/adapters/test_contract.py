@@ -17,6 +17,7 @@ from lora_jax import quant
 from lora_jax import trees
 from lora_jax import types
 from lora_jax.adapters import base as base_lib
+from lora_jax.export import peft
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
 from lora_jax.models import init
@@ -274,3 +275,21 @@ def test_the_base_is_skipped_where_a_layer_is_not_chosen():
   weight = one(base.layers["up_proj"].weight, 1)
   moved = adapter.replace(m=adapter.m * 2)
   np.testing.assert_array_equal(moved.apply(x, weight), x @ weight)
+
+
+@pytest.mark.parametrize("method", [
+    m for m in METHODS
+    if getattr(adapters_lib.METHODS[m].adapter, "peft_type", None)])
+@pytest.mark.parametrize("fmt", ["none", "nf4"])
+def test_a_peft_folder_gives_the_adapter_back(method, fmt, tmp_path):
+  base, tree = randomised(method, fmt)
+  paths = tiny.paths(CONFIG)
+  peft.write(tmp_path / "a", tree, peft.peft_config(
+      block(method), tree, paths), paths)
+  read = peft.read(tmp_path / "a", paths, tiny.shapes(CONFIG))
+  ours, theirs = trees.paths(tree), trees.paths(read.adapters)
+  assert ours.keys() == theirs.keys()
+  for path, leaf in ours.items():
+    np.testing.assert_array_equal(leaf, theirs[path], path)
+  np.testing.assert_array_equal(
+      logits(base, read.adapters), logits(base, tree))
