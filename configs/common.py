@@ -42,7 +42,8 @@ def get_config() -> config_dict.ConfigDict:
   config.adapter.init_from = ""  # a PEFT folder to go on from
 
   config.data = c()
-  # A file, a folder, a hub name, or asset:<name>.
+  # A file, a folder, a hub name (owner/name or owner/name:subset), or
+  # asset:<name>.
   config.data.path = "asset:alpaca_en_demo"
   config.data.format = "auto"  # alpaca messages prompt_completion text ...
   config.data.split = "train"

@@ -27,7 +27,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.quant.format = chosen.get("quant", "nf4")
 
   if chosen.get("data", "alpaca") == "gsm8k":
-    config.data.path = "openai/gsm8k"
+    config.data.path = "openai/gsm8k:main"
     config.data.format = "gsm8k"
   config.data.max_length = 128
   config.data.eval_max_length = 256

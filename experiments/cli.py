@@ -77,7 +77,9 @@ def _code(main, argv) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-  print(f"\nerror: {' '.join(message.split())}", file=sys.stderr)
+  if sys.stdout.isatty():
+    print()  # The progress line has no end of its own.
+  print(f"error: {' '.join(message.split())}", file=sys.stderr)
   return code
 
 

@@ -24,7 +24,7 @@ def read(
   Args:
     path: a `.json` (list of rows), `.jsonl`, `.csv` or `.parquet` file; a
       folder of such files; a folder of `datasets.save_to_disk`; or a name on
-      the Hugging Face hub (`owner/name`).
+      the Hugging Face hub (`owner/name`, or `owner/name:subset`).
     format: a key of `formats.FORMATS`; `"auto"` looks at the keys of each
       file's first row.
     split: which split of a `DatasetDict` or hub dataset.
@@ -181,8 +181,9 @@ def _saved(path: pathlib.Path, split: str) -> Rows:
 def _hub(name: str, split: str) -> Rows:
   import datasets  # Heavy.
 
+  repository, _, subset = name.partition(":")
   try:
-    data = datasets.load_dataset(name, split=split)
+    data = datasets.load_dataset(repository, subset or None, split=split)
   except Exception as error:
     raise errors.UserError(
         f"{name}: neither a file or folder here nor a dataset that the hub "

@@ -84,8 +84,8 @@ def test_hub(monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
   calls = []
 
-  def load_dataset(name, split):
-    calls.append((name, split))
+  def load_dataset(name, subset, split):
+    calls.append((name, subset, split))
     if name == "owner/none":
       raise ConnectionError("no\nnetwork")
     return ROWS
@@ -94,7 +94,9 @@ def test_hub(monkeypatch, tmp_path):
   examples = sources.read("owner/name", split="test")
   assert _texts(examples) == ROWS
   assert examples[0].source == "owner/name:1"
-  assert calls == [("owner/name", "test")]
+  sources.read("owner/name:main")
+  assert calls == [
+      ("owner/name", None, "test"), ("owner/name", "main", "train")]
   with pytest.raises(errors.UserError, match=r"hub gave .no network.; correct"):
     sources.read("owner/none")
   (tmp_path / "owner").mkdir()  # Now it is a mistyped path.
