@@ -22,6 +22,9 @@ import jax
 
 from lora_jax import errors
 
+# That torch is absent is no news here: nothing needs it.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 
 def run(main: Callable[[], None], argv: list[str] | None = None) -> None:
   """Parses flags, runs `main` and exits with its code."""
