@@ -37,8 +37,10 @@ def get_config() -> config_dict.ConfigDict:
   # all-linear, attention, mlp, names ("q_proj,v_proj"), or a regex.
   config.adapter.targets = "all-linear"
   config.adapter.layers = ""  # "0-7,20"; empty is all
-  config.adapter.rank_pattern = c()  # module name or regex -> rank
-  config.adapter.alpha_pattern = c()
+  # Ranks and alphas of some modules: "v_proj=32,layers.0.mlp.up_proj=4", a
+  # module's name, the end of its path, or a regex without a comma.
+  config.adapter.rank_pattern = ""
+  config.adapter.alpha_pattern = ""
   config.adapter.init_from = ""  # a PEFT folder to go on from
 
   config.data = c()

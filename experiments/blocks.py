@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import pathlib
+import re
 from typing import Any, TypeVar
 
 from lora_jax import adapters
@@ -47,10 +48,28 @@ def adapter(config: Config) -> adapters.AdapterConfig:
   block = config["adapter"]
   found = _fields(
       adapters.AdapterConfig, block,
-      rank_pattern=dict(block["rank_pattern"]),
-      alpha_pattern=dict(block["alpha_pattern"]))
+      rank_pattern=_pattern("adapter.rank_pattern", block, int),
+      alpha_pattern=_pattern("adapter.alpha_pattern", block, float))
   registry.method(found.method)
   return found.validate()
+
+
+def _pattern(field: str, block: Config, number: Callable) -> dict[str, Any]:
+  """`"v_proj=32,up_proj=4"` as a dict."""
+  found = {}
+  for part in filter(None, block[field.partition(".")[2]].split(",")):
+    name, _, value = part.strip().rpartition("=")
+    try:
+      re.compile(name)
+      found[name] = number(value)
+    except (ValueError, re.error) as error:
+      raise errors.UsageError(
+          f'{field}: "{part}" is not <module>=<number> ({error}); write '
+          '"v_proj=32,up_proj=4"') from None
+    if not name:
+      raise errors.UsageError(
+          f'{field}: "{part}" names no module; write "v_proj=32,up_proj=4"')
+  return found
 
 
 def train(config: Config) -> loop.TrainConfig:

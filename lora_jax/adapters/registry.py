@@ -106,11 +106,21 @@ def place(
     A placement for each target that is adapted.
 
   Raises:
-    errors.UsageError: for an unknown method or target, or a bad value.
+    errors.UsageError: for an unknown method, target or pattern, or a bad
+      value.
   """
   row = method(config.method)
   config.validate()
   chosen = targets.select(paths, config.targets, config.layers)
+  adapted = [path for name, flags in chosen.items()
+             for path, flag in zip(paths[name], flags, strict=True) if flag]
+  for field in ("rank_pattern", "alpha_pattern"):
+    for key in getattr(config, field):
+      if not any(config_lib.by_pattern(p, {key: True}, False)
+                 for p in adapted):
+        raise errors.UsageError(
+            f'adapter.{field}: "{key}" matches no adapted module'
+            f"{errors.nearest(key, chosen)}")
   placements = {}
   for name, flags in chosen.items():
     ranks, scales = [], []

@@ -86,6 +86,10 @@ def test_ranks_alphas_and_scales_by_pattern():
     ({"rank": 0}, "adapter.rank=0"), ({"rank": 5000}, "adapter.rank=5000"),
     ({"alpha": 0.0}, "adapter.alpha=0.0"), ({"dropout": 1.0}, "dropout=1.0"),
     ({"rank_pattern": {"q_proj": -1}}, 'adapter.rank_pattern["q_proj"]=-1'),
+    ({"rank_pattern": {"qproj": 2}},
+     'adapter.rank_pattern: "qproj" matches no adapted module; did you mean'),
+    ({"targets": "mlp", "alpha_pattern": {"q_proj": 2.0}},
+     'adapter.alpha_pattern: "q_proj" matches no adapted module'),
     ({"method": "lorra"}, 'adapter.method="lorra" is unknown; did you mean '
                           '"lora"?'),
 ])
