@@ -8,6 +8,10 @@
 
 SmolLM2-135M-Instruct (NF4, double quantisation), LoRA r=16 on all linears,
 999 Alpaca rows less 100 held out, 40 steps of 4 x 128 packed tokens, float32.
+
+On 2 cores of a current Xeon: 2.5 minutes, 1.6 GiB. Expected held-out loss, in
+nats a token: 1.958 -> 1.779 (DoRA 1.779; INT4 2.064 -> 1.821; unquantised
+1.764 -> 1.670; GSM8K 1.776 -> 1.038).
 """
 
 from __future__ import annotations
