@@ -131,11 +131,18 @@ def test_damaged_twice(folder, warnings):
 
 
 def test_what_a_kill_leaves_is_cleared(folder, warnings):
-  (folder / "sha256/3.json").unlink()  # Before the digests were written.
   (folder / "4.orbax-checkpoint-tmp/state").mkdir(parents=True)
-  check(folder, 2)
+  check(folder, 3)
   assert not warnings
-  assert {p.name for p in folder.iterdir()} == {"1", "2", "sha256"}
+  assert {p.name for p in folder.iterdir()} == {"1", "2", "3", "sha256"}
+
+
+def test_a_step_without_digests_is_not_used_and_not_lost(folder, warnings):
+  (folder / "sha256/3.json").unlink()  # A kill before they were written.
+  check(folder, 2)
+  assert "damaged or unfinished" in warnings[0]
+  assert {p.name for p in folder.iterdir()} == {
+      "1", "2", "damaged-3", "sha256"}
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
