@@ -47,7 +47,9 @@ def get_config() -> config_dict.ConfigDict:
   # A file, a folder, a hub name (owner/name or owner/name:subset), or
   # asset:<name>.
   config.data.path = "asset:alpaca_en_demo"
-  config.data.format = "auto"  # alpaca messages prompt_completion text ...
+  # auto (by the first row), mixed (by every row), alpaca, messages,
+  # prompt_completion, gsm8k, text.
+  config.data.format = "auto"
   config.data.split = "train"
   config.data.rows = 0  # use the first so many rows; 0 is all
   config.data.system = ""  # system message for rows without one

@@ -43,7 +43,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   own: dict[str, Any] = {"flag_values": values}
   trained.define_flags(values)
   flags.DEFINE_string("data", None, "A file or folder of rows.", **own)
-  flags.DEFINE_string("format", "auto", "Of the rows; see data.format.", **own)
+  flags.DEFINE_string(
+      "format", "mixed", "Of the rows; see data.format. The default looks at "
+      "every row.", **own)
   flags.DEFINE_string("output", None, "The .jsonl file to write.", **own)
   flags.DEFINE_string(
       "dtype", "float32", "Compute type: float32, bfloat16.", **own)

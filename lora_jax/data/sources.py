@@ -26,7 +26,7 @@ def read(
       folder of such files; a folder of `datasets.save_to_disk`; or a name on
       the Hugging Face hub (`owner/name`, or `owner/name:subset`).
     format: a key of `formats.FORMATS`; `"auto"` looks at the keys of each
-      file's first row.
+      file's first row, `"mixed"` at those of every row.
     split: which split of a `DatasetDict` or hub dataset.
 
   Returns:
@@ -37,7 +37,7 @@ def read(
     UsageError: unknown format or split.
     UserError: missing, empty or malformed files and rows.
   """
-  if format != "auto":
+  if format not in ("auto", "mixed"):
     errors.choose("data.format", format, formats.FORMATS)
   location = pathlib.Path(path)
   if location.is_dir():
@@ -57,7 +57,8 @@ def _examples(
   for source, row in rows:
     if format == "auto" and isinstance(row, dict):
       format = formats.detect(row, source)
-    result.append(formats.convert(row, format, source))
+    result.append(formats.convert(
+        row, "auto" if format == "mixed" else format, source))
   if not result:
     raise errors.UserError(
         f"{path}: the file is empty; give one with at least one row")

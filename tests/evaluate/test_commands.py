@@ -93,13 +93,15 @@ def rows(tmp_path_factory):
 
 
 def _write_rows(rows):
-  """Each format in a file of its own: a file has one format."""
+  """Each format in a file of its own, then all rows in one."""
   file, found = rows
   for key in ("text", "prompt", "messages"):
     part = [r for r, _ in found if key in r]
     path = file.with_name(f"{key}.jsonl")
     path.write_text("".join(json.dumps(r) + "\n" for r in part))
     yield path, [n for r, n in found if key in r]
+  file.write_text("".join(json.dumps(r) + "\n" for r, _ in found))
+  yield file, [n for _, n in found]
 
 
 def test_evaluate_writes_rows_in_order(workdir, model, rows, tmp_path, capsys):
@@ -112,7 +114,7 @@ def test_evaluate_writes_rows_in_order(workdir, model, rows, tmp_path, capsys):
     assert all(set(x) == {"tokens", "nll"} for x in lines)
     # One row a batch, all at one length: as plain as can be.
     for line, row in zip(
-        lines, evaluate.encode(model, str(path), "auto"), strict=True):
+        lines, evaluate.encode(model, str(path), "mixed"), strict=True):
       tokens = np.zeros((1, 256), np.int32)
       n = len(row.tokens)
       tokens[0, :n] = row.tokens
