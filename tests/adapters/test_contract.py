@@ -55,10 +55,9 @@ def block(method, **fields):
 
 
 @functools.cache
-def built(method, fmt, **fields):
+def built(method, fmt):
   return adapters_lib.build(
-      jax.random.key(1), block(method, **fields), quantised(fmt),
-      tiny.paths(CONFIG))
+      jax.random.key(1), block(method), quantised(fmt), tiny.paths(CONFIG))
 
 
 def randomised(method, fmt):
@@ -266,7 +265,10 @@ def test_padding_of_a_smaller_rank_stays_zero():
 
 
 def test_the_base_is_skipped_where_a_layer_is_not_chosen():
-  _, tree = built("dora", "none", layers="0,2", targets="mlp")
+  _, tree = adapters_lib.build(
+      jax.random.key(1),
+      block("dora", layers="0,2", targets="mlp", rank_pattern={}),
+      quantised("none"), tiny.paths(CONFIG))
   ranks = np.asarray(tree.layers["up_proj"].rank)
   assert ranks.tolist() == [4, 0, 4]
   base = quantised("none")
