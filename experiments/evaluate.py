@@ -29,6 +29,7 @@ from experiments import cli
 from experiments import trained
 from lora_jax import api
 from lora_jax import errors
+from lora_jax import mesh as mesh_lib
 from lora_jax import types
 from lora_jax.data import dataset as dataset_lib
 from lora_jax.data import pipeline
@@ -63,13 +64,14 @@ def bucket(n: int) -> int:
 
 
 def batches(
-    rows: dataset_lib.Dataset, batch_tokens: int
+    rows: dataset_lib.Dataset, batch_tokens: int, ways: int = 1
 ) -> Iterator[tuple[types.Batch, np.ndarray]]:
   """Every row once, with rows of like length; few shapes, bounded size.
 
   Args:
     rows: to be batched.
-    batch_tokens: b * t of a batch, unless b is 1.
+    batch_tokens: b * t of a batch, unless b is the least possible.
+    ways: b is a multiple of it.
 
   Yields:
     A batch `[b, t]`, and the positions in `rows` of its first rows.
@@ -80,6 +82,7 @@ def batches(
   for length, members in sorted(groups.items()):
     chosen = np.asarray(members)
     size = min(max(batch_tokens // length, 1), len(members))
+    size = -(-size // ways) * ways
     for batch, indices in pipeline.eval_batches(
         rows.select(chosen), size, multiple=length):
       yield batch, chosen[indices]
@@ -111,9 +114,8 @@ def row_losses(
   Raises:
     errors.UserError: if no row has a token to predict.
   """
-  found = perplexity.row_losses(
-      model.adapters, model.base, batches(rows, batch_tokens),
-      model=model.config, dtype=model.dtype)
+  found = model.row_losses(
+      batches(rows, batch_tokens, mesh_lib.ways(model.mesh)))
   if not found.weight.sum():
     raise errors.UserError(
         "--data: no row has a token to predict; a text of one token has none")

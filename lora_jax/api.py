@@ -12,7 +12,7 @@ A `Model` is immutable: every method returns a new one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import pathlib
 from typing import Any
@@ -154,8 +154,15 @@ class Model:
   def evaluate(
       self, rows: dataset_lib.Dataset, *, batch_size: int = 4
   ) -> perplexity.RowLosses:
-    """Losses of every row; see `perplexity.RowLosses`."""
-    return self._evaluate(self.adapters, rows, batch_size)
+    """Losses of every row; see `perplexity.RowLosses`.
+
+    Args:
+      rows: from `encode`.
+      batch_size: rows at a time, rounded up to what the mesh divides.
+    """
+    ways = mesh_lib.ways(self.mesh)
+    return self.row_losses(
+        pipeline.eval_batches(rows, -(-batch_size // ways) * ways))
 
   def train(
       self,
@@ -217,7 +224,7 @@ class Model:
         optim=optim,
         settings=step_lib.Settings(
             dtype=self.dtype, remat=remat,
-            noise=self.adapter_config.dropout > 0),
+            noise=self.adapter_config.dropout > 0, mesh=self.mesh),
         key=jax.random.key(seed),
         place=self._place_batch,
         evaluate=evaluate,
@@ -225,7 +232,8 @@ class Model:
         save_best=save_best and (
             lambda params, step: save_best(model(params), step)))
     outcome = loop.fit(
-        task, step_lib.init_state(params), config, pathlib.Path(workdir))
+        task, self._place(step_lib.init_state(params)), config,
+        pathlib.Path(workdir))
     return model(outcome.state.params), outcome
 
   def generate(
@@ -235,7 +243,7 @@ class Model:
     options = {"stop_ids": self.stop_ids, "dtype": self.dtype} | options
     return generate_lib.generate(
         self.config, self.base, self.adapters, [list(p) for p in prompts],
-        **options)
+        mesh=self.mesh, **options)
 
   def chat(self, prompts: Sequence[str], **options) -> list[str]:
     """The assistant's answer to each user message, as text."""
@@ -270,12 +278,19 @@ class Model:
         pathlib.Path(folder), self.config, self.base, self.adapters,
         dtype=dtype, tokenizer=self.tokenizer)
 
-  def _evaluate(self, tree, rows, batch_size):
-    batches = (
-        (self._place_batch(batch), indices)
-        for batch, indices in pipeline.eval_batches(rows, batch_size))
+  def row_losses(
+      self, batches: Iterable[tuple[types.Batch, np.ndarray]]
+  ) -> perplexity.RowLosses:
+    """`evaluate` for batches made by the caller.
+
+    Args:
+      batches: (batch `[b, t]`, indices of its first rows); b a multiple of
+        `mesh.ways(self.mesh)`.
+    """
     return perplexity.row_losses(
-        tree, self.base, batches, model=self.config, dtype=self.dtype)
+        self.adapters, self.base,
+        ((self._place_batch(batch), indices) for batch, indices in batches),
+        model=self.config, dtype=self.dtype, mesh=self.mesh)
 
   def _place(self, tree: types.Tree) -> types.Tree:
     return tree if self.mesh is None else sharding.put(self.mesh, tree)
@@ -310,13 +325,12 @@ def load(
   if isinstance(quant, str):
     quant = quant_lib.QuantSpec(format=quant)
   source = load_lib.open_source(path)
-  loaded = load_lib.convert(source, quant, dtype, skip)
-  tokenizer = tokenizer_lib.load(source.label, chat_template)
   devices = mesh_lib.make(mesh or mesh_lib.MeshConfig())
   spread = devices if devices.size > 1 else None
-  base = loaded.base if spread is None else sharding.put(spread, loaded.base)
+  loaded = load_lib.convert(source, quant, dtype, skip, spread)
+  tokenizer = tokenizer_lib.load(source.label, chat_template)
   return Model(
-      config=loaded.config, base=base, tokenizer=tokenizer,
+      config=loaded.config, base=loaded.base, tokenizer=tokenizer,
       fingerprint=loaded.fingerprint, source=path, dtype=dtype, mesh=spread)
 
 

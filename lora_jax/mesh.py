@@ -4,16 +4,23 @@ One table: logical axis -> mesh axis. A weight whose size a mesh axis does not
 divide is replicated along it; nothing else decides placement.
 
   data    rows of a batch; weights are replicated
-  fsdp    rows of a batch too; weights are cut along their model width
+  fsdp    rows of a batch too; weights are cut along their model width, and
+          gathered, a layer at a time, where they are used
   tensor  weights are cut along heads, MLP width and vocabulary
+
+The fields of a dataclass name their axes: `codes: Array = axes("in", "out")`.
+What "in" and "out" are is known to the module that holds the weight (see
+`models.sharding`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import math
+from typing import Any
 
+from flax import struct
 import jax
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
@@ -27,12 +34,27 @@ AXES = ("data", "fsdp", "tensor")
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
+    "requests": "data",
     "model": "fsdp",
     "heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
     None: None,
 }
+# Of a layer's weights while they are used.
+GATHERED = RULES | {"model": None}
+
+
+def axes(*names: str | None, **options: Any) -> Any:
+  """A dataclass field whose last axes are called `names`.
+
+  Args:
+    *names: "in" or "out" of the weight's own axes, a key of `RULES`, or None
+      for an axis that is never cut.
+    **options: of `flax.struct.field`.
+  """
+  metadata = options.pop("metadata", {}) | {"axes": names}
+  return struct.field(metadata=metadata, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +87,10 @@ def make(config: MeshConfig, devices: Sequence | None = None) -> Mesh:
 
 
 def spec(
-    mesh: Mesh, shape: Sequence[int], logical: Sequence[str | None]
+    mesh: Mesh,
+    shape: Sequence[int],
+    logical: Sequence[str | None],
+    rules: Mapping = RULES,
 ) -> PartitionSpec:
   """Where an array of `shape` lives, its last axes named by `logical`.
 
@@ -74,6 +99,7 @@ def spec(
     shape: of the whole array.
     logical: keys of `RULES` for the last axes; those before (the stack of
       layers) are not cut.
+    rules: the table.
 
   Returns:
     A spec that names only mesh axes which divide the array's.
@@ -81,19 +107,52 @@ def spec(
   names = [None] * (len(shape) - len(logical)) + list(logical)
   entries: list = []
   for size, name in zip(shape, names, strict=True):
-    axes = RULES[name]
-    axes = (axes,) if isinstance(axes, str) else axes or ()
-    ways = math.prod(mesh.shape[a] for a in axes)
-    entries.append(axes if ways > 1 and size % ways == 0 else None)
+    along = rules[name]
+    along = (along,) if isinstance(along, str) else along or ()
+    parts = math.prod(mesh.shape[a] for a in along)
+    entries.append(along if parts > 1 and size % parts == 0 else None)
   return PartitionSpec(*entries)
+
+
+def place(array: types.Array, sharding: NamedSharding) -> jax.Array:
+  """`array`, the same in every process, on the devices of all of them.
+
+  Args:
+    array: on the host, on this process' devices, or already on all devices.
+    sharding: where it goes.
+  """
+  whole = isinstance(array, jax.Array) and not array.is_fully_addressable
+  if whole or jax.process_count() == 1:
+    return jax.device_put(array, sharding)
+  host = np.asarray(array)
+  return jax.make_array_from_callback(
+      host.shape, sharding, lambda index: host[index])
+
+
+def fetch(array: types.Array) -> np.ndarray:
+  """The whole of `array` on the host, in every process.
+
+  All processes must ask, in the same order: parts of other processes come
+  over the network.
+  """
+  if isinstance(array, jax.Array) and not (
+      array.is_fully_addressable or array.is_fully_replicated):
+    from jax.experimental import multihost_utils
+
+    array = multihost_utils.process_allgather(array, tiled=True)
+  return np.asarray(array)
 
 
 def put(
     mesh: Mesh, array: types.Array, logical: Sequence[str | None]
 ) -> jax.Array:
   """`array` on the mesh."""
-  return jax.device_put(
-      array, NamedSharding(mesh, spec(mesh, array.shape, logical)))
+  return place(array, NamedSharding(mesh, spec(mesh, array.shape, logical)))
+
+
+def ways(mesh: Mesh | None) -> int:
+  """Into how many parts the rows of a batch are cut."""
+  return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def put_batch(mesh: Mesh, batch: types.Batch) -> types.Batch:
@@ -103,9 +162,9 @@ def put_batch(mesh: Mesh, batch: types.Batch) -> types.Batch:
     errors.UsageError: if the mesh does not divide `b`.
   """
   rows = batch.tokens.shape[-2]
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  if rows % ways:
+  parts = ways(mesh)
+  if rows % parts:
     raise errors.UsageError(
         f"train.batch_size={rows} is not a multiple of mesh.data * mesh.fsdp="
-        f"{ways}; change one of them")
+        f"{parts}; change one of them")
   return jax.tree.map(lambda x: put(mesh, x, ("batch", None)), batch)

@@ -23,14 +23,20 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from lora_jax import mesh as mesh_lib
 from lora_jax import quant
 from lora_jax import trees
 from lora_jax import types
 
 
-def frozen(**options) -> Any:
-  """A field that is carried and traced, but not trained."""
-  return struct.field(metadata={"trainable": False}, **options)
+def trained(*axes: str | None, **options) -> Any:
+  """A field that is trained, its last axes named as in `mesh.axes`."""
+  return mesh_lib.axes(*axes, **options)
+
+
+def frozen(*axes: str | None, **options) -> Any:
+  """A field that is carried and traced, but not trained; see `trained`."""
+  return mesh_lib.axes(*axes, metadata={"trainable": False}, **options)
 
 
 @struct.dataclass
@@ -81,6 +87,9 @@ class Adapter:
   A *projection* method implements:
     apply(x [..., i], weight, noise) -> [..., o]: the adapted product.
     merge(weight) -> [i, o]: a plain weight with the same effect.
+
+  Its fields name their axes, by which they are cut over a mesh:
+  `trained("in", None)` is `[i, r]`. A field without names is replicated.
   """
 
   # PEFT's `peft_type`; None where Hugging Face PEFT has no counterpart.

@@ -35,8 +35,8 @@ class DoRA(lora.LoRA):
     c: `[o]`, the norms, where they are known beforehand (`prepared`).
   """
 
-  m: types.Array = None
-  c: types.Array | None = base.frozen(default=None)
+  m: types.Array = base.trained("out", default=None)
+  c: types.Array | None = base.frozen("out", default=None)
 
   peft_type: ClassVar[str | None] = "LORA"
 

@@ -39,8 +39,8 @@ class LoRA(base.Adapter):
     rank: `[]` int32, the rank of this layer (0: not adapted).
   """
 
-  a: types.Array
-  b: types.Array
+  a: types.Array = base.trained("in", None)
+  b: types.Array = base.trained(None, "out")
   scale: types.Array = base.frozen()
   rate: types.Array = base.frozen()
   rank: types.Array = base.frozen()

@@ -13,11 +13,13 @@ import functools
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import adapters as adapters_lib
 from lora_jax import errors
+from lora_jax import mesh as mesh_lib
 from lora_jax import types
 from lora_jax.evaluate import sampling as sampling_lib
 from lora_jax.models import cache as cache_lib
@@ -131,6 +133,7 @@ def generate(
     seed: int = 0,
     rows: Sequence[int] | None = None,
     dtype: Any = "float32",
+    mesh: Mesh | None = None,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
   """Continues every prompt.
@@ -153,6 +156,9 @@ def generate(
     rows: number of each row in the request, for those who cut a request into
       batches; 0, 1, ... by default.
     dtype: of activations and cache.
+    mesh: the devices that the trees are spread over, or None for one. Rows
+      are cut along its data axis; weights are not gathered for single tokens,
+      it is their products that are summed.
     on_token: called with (index into `prompts`, token) as tokens appear.
 
   Returns:
@@ -185,13 +191,16 @@ def generate(
   if adapters is not None:
     adapters = adapters_lib.prepared(adapters, base)
 
+  place = lambda x: x if mesh is None else mesh_lib.put(
+      mesh, x, ("requests",) + (None,) * (x.ndim - 1))
+  tokens, lengths, numbers = map(place, (tokens, lengths, numbers))
   active = np.arange(b) < n
   results: list[list[int]] = [[] for _ in prompts]
   cache, newest = prefill(
       base, adapters, tokens, lengths, key, numbers, how, model=model,
       size=size, dtype=dtype)
   while True:
-    for i, token in enumerate(np.asarray(newest)[:n].tolist()):
+    for i, token in enumerate(mesh_lib.fetch(newest)[:n].tolist()):
       if not active[i]:
         continue
       if token in stops:
@@ -205,7 +214,7 @@ def generate(
       return results
     # A copy: the device may still read it when the next tokens come in.
     cache, newest = decode(
-        base, adapters, cache, newest, active.copy(), key, numbers, how,
+        base, adapters, cache, newest, place(active.copy()), key, numbers, how,
         model=model, dtype=dtype)
 
 

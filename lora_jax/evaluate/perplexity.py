@@ -7,12 +7,15 @@ import dataclasses
 import functools
 
 import jax
+from jax.sharding import Mesh
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import mesh as mesh_lib
 from lora_jax import types
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
+from lora_jax.models import sharding
 from lora_jax.train import loss
 
 
@@ -38,7 +41,7 @@ class RowLosses:
     return float(np.exp(self.loss))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "dtype"))
+@functools.partial(jax.jit, static_argnames=("model", "dtype", "mesh"))
 def row_nll(
     adapter_tree: types.Tree,
     base: types.Tree,
@@ -46,6 +49,7 @@ def row_nll(
     *,
     model: config_lib.ModelConfig,
     dtype: str = "float32",
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """(sum of weight * nll, sum of weight) of every row, `[b]` each.
 
@@ -55,20 +59,24 @@ def row_nll(
     batch: `[b, t]`.
     model: static.
     dtype: static, compute type.
+    mesh: static, see `decoder.forward`.
   """
   hidden, _ = decoder.forward(
       model, base, adapter_tree, batch.tokens, batch.positions,
-      batch.segment_ids, dtype=dtype)
+      batch.segment_ids, dtype=dtype, mesh=mesh)
+  head_base, head_adapters = decoder.head_parts(base, adapter_tree)
+  head_base = sharding.gathered(mesh, head_base, dtype)
+  head_adapters = sharding.gathered(mesh, head_adapters)
   b, t = batch.tokens.shape
-  size = loss.chunk_size(b * t, model.vocab_size)
+  size = loss.chunk_size(b * t, model.vocab_size, mesh_lib.ways(mesh))
 
   def one(xs):
     h, targets = xs
-    logits = decoder.unembed(model, base, adapter_tree, h)
+    logits = decoder.unembed(model, head_base, head_adapters, h)
     return loss.token_nll(logits, targets)
 
   nll = jax.lax.map(one, loss.chunks((hidden, batch.targets), size))
-  nll = nll.reshape(-1)[:b * t].reshape(b, t)
+  nll = jnp.moveaxis(nll, 0, 1).reshape(b, -1)[:, :t]
   weights = batch.loss_weights
   return jnp.sum(nll * weights, -1), jnp.sum(weights, -1)
 
@@ -80,6 +88,7 @@ def row_losses(
     *,
     model: config_lib.ModelConfig,
     dtype: str = "float32",
+    mesh: Mesh | None = None,
 ) -> RowLosses:
   """Losses of every row of `batches`, in the order of their indices.
 
@@ -89,15 +98,18 @@ def row_losses(
     batches: `(batch [b, t], indices [n <= b])`; rows past `n` are padding.
     model: the architecture.
     dtype: compute type.
+    mesh: the devices that everything is spread over, or None for one.
 
   Returns:
     One entry for each index, from 0 to the largest.
   """
   found = {}
   for batch, indices in batches:
-    nll, weight = row_nll(adapter_tree, base, batch, model=model, dtype=dtype)
-    rows = zip(indices.tolist(), np.asarray(nll, np.float64),
-               np.asarray(weight, np.float64))
+    nll, weight = row_nll(
+        adapter_tree, base, batch, model=model, dtype=dtype, mesh=mesh)
+    nll, weight = (
+        mesh_lib.fetch(x).astype(np.float64) for x in (nll, weight))
+    rows = zip(indices.tolist(), nll, weight)
     found.update({index: (n, w) for index, n, w in rows})
   ordered = np.asarray([found[i] for i in range(len(found))])
   return RowLosses(nll=ordered[:, 0], weight=ordered[:, 1])

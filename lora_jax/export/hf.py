@@ -26,6 +26,7 @@ import numpy as np
 
 from lora_jax import adapters as adapters_lib
 from lora_jax import errors
+from lora_jax import mesh as mesh_lib
 from lora_jax import quant
 from lora_jax import types
 from lora_jax.export import folders
@@ -92,7 +93,7 @@ def _tensors(model, base, adapters, dtype):
             f"{name}: the merged weight is not finite in {dtype}; use "
             "--dtype=bfloat16 or float32, or an earlier checkpoint if it is "
             "not finite there either")
-      yield name, np.asarray(value)
+      yield name, mesh_lib.fetch(value)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "transpose"))

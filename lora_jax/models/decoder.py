@@ -21,6 +21,7 @@ from jax import ad_checkpoint
 import jax.numpy as jnp
 
 from lora_jax import adapters as adapters_lib
+from lora_jax import mesh as mesh_lib
 from lora_jax import trees
 from lora_jax import types
 from lora_jax.models import cache as cache_lib
@@ -28,6 +29,7 @@ from lora_jax.models import config as config_lib
 from lora_jax.models import layers as layers_lib
 from lora_jax.models import remat as remat_lib
 from lora_jax.models import rope
+from lora_jax.models import sharding
 
 _name = ad_checkpoint.checkpoint_name
 
@@ -42,8 +44,8 @@ class Linear:
     bias: `[o]` (`[l, o]`), or None.
   """
 
-  weight: Any
-  bias: types.Array | None = None
+  weight: Any = mesh_lib.axes("in", "out")
+  bias: types.Array | None = mesh_lib.axes("out", default=None)
 
 
 @struct.dataclass
@@ -60,7 +62,7 @@ class Base:
     lm_head: a `Linear` `[d, v]`, or None if it is the embedding transposed.
   """
 
-  embed_tokens: types.Array
+  embed_tokens: types.Array = mesh_lib.axes("in", "out")
   layers: dict[str, Any]
   norm: types.Array
   lm_head: Linear | None = None
@@ -156,6 +158,7 @@ def forward(
     cache: cache_lib.Cache | None = None,
     dtype: Any = jnp.float32,
     remat: str = "none",
+    mesh: Any = None,
 ) -> tuple[types.Array, cache_lib.Cache | None]:
   """Hidden states of a batch of rows, packed or padded, cached or not.
 
@@ -170,6 +173,8 @@ def forward(
     cache: keys and values of the tokens before these, or None.
     dtype: of the activations.
     remat: what the backward pass keeps, a key of `remat.POLICIES`.
+    mesh: devices over which each layer's weights are gathered where they are
+      used (`sharding.gathered`); static. None leaves them where they are.
 
   Returns:
     `[b, t, d]` after the final norm, in `dtype`, and the cache with these
@@ -190,8 +195,11 @@ def forward(
   def body(hidden, xs):
     index, weights, layer_adapters, window, cached = xs
     draw = None if noise is None else noise.at_layer(index)
-    return layer(config, context, hidden, weights, layer_adapters, draw,
-                 window, cached)
+    weights = sharding.gathered(mesh, weights, dtype)
+    layer_adapters = sharding.gathered(mesh, layer_adapters)
+    hidden, cached = layer(
+        config, context, hidden, weights, layer_adapters, draw, window, cached)
+    return sharding.rows(mesh, hidden), cached
 
   windows = config.windows()
   xs = (
@@ -202,7 +210,8 @@ def forward(
       None if cache is None else (cache.k, cache.v),
   )
   hidden, cached = jax.lax.scan(
-      remat_lib.wrap(body, remat), _embed(base, adapters, tokens, dtype), xs)
+      remat_lib.wrap(body, remat, sharding.gathers(mesh)),
+      sharding.rows(mesh, _embed(base, adapters, tokens, dtype)), xs)
   if cache is not None:
     cache = dataclasses.replace(cache, k=cached[0], v=cached[1])
   return layers_lib.rms_norm(hidden, base.norm, config.norm_eps), cache
@@ -233,6 +242,20 @@ def unembed(
   draw = None if noise is None else noise.for_target("lm_head")
   logits = _linear(hidden, head, adapters.outer.get("lm_head"), draw)
   return logits.astype(jnp.float32)
+
+
+def head_parts(
+    base: Base | None, adapters: adapters_lib.Adapters | None
+) -> tuple[Base | None, adapters_lib.Adapters | None]:
+  """What of a base and of adapters `unembed` reads: all but the layers."""
+  if base is not None:
+    base = dataclasses.replace(base, layers={})
+  if adapters is None:
+    return base, None
+  overrides = adapters.overrides
+  if overrides is not None:
+    overrides = dataclasses.replace(overrides, layers={})
+  return base, dataclasses.replace(adapters, layers={}, overrides=overrides)
 
 
 def combined(base: Base, adapters: adapters_lib.Adapters | None) -> Base:

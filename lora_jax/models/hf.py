@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from lora_jax import errors
+from lora_jax import mesh as mesh_lib
 from lora_jax import quant
 from lora_jax import types
 from lora_jax.models import config as config_lib
@@ -146,7 +147,7 @@ def state(
 
 
 def _plain(leaf, slot: Slot, dtype) -> np.ndarray:
-  array = np.asarray(quant.dequantize(leaf, dtype))
+  array = mesh_lib.fetch(quant.dequantize(leaf, dtype))
   return np.ascontiguousarray(array.T) if slot.linear else array
 
 

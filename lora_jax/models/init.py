@@ -6,15 +6,20 @@ import math
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 import jax.numpy as jnp
 
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
 from lora_jax.models import hf
+from lora_jax.models import sharding
 
 
 def random_base(
-    key: jax.Array, config: config_lib.ModelConfig, dtype: Any = jnp.float32
+    key: jax.Array,
+    config: config_lib.ModelConfig,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
 ) -> decoder.Base:
   """A base with weights ~ N(0, 1/i), biases ~ N(0, 1/16), norms near 1.
 
@@ -24,10 +29,20 @@ def random_base(
     key: PRNG key.
     config: the model.
     dtype: of every leaf.
+    mesh: where it lives, drawn in parts with the same values; None is the
+      default device.
 
   Returns:
     The base, layers stacked.
   """
+  draw = lambda key: _random_base(key, config, dtype)
+  if mesh is None:
+    return draw(key)
+  homes = sharding.shardings(mesh, jax.eval_shape(draw, key))
+  return jax.jit(draw, out_shardings=homes)(key)
+
+
+def _random_base(key, config, dtype) -> decoder.Base:
   slots = hf.slots(config)
   drawn = {}
   for slot, sub in zip(slots, jax.random.split(key, len(slots)), strict=True):

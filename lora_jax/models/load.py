@@ -1,8 +1,13 @@
 """From a checkpoint to a base, one tensor at a time.
 
-Each tensor is read, hashed, moved to the device, quantised there, and written
+Each tensor is read, hashed, moved to a device, quantised there, and written
 into its layer of a stacked buffer that was allocated once and is updated in
 place (donated): the host never holds more than the result and two tensors.
+
+On a mesh the buffers are allocated in parts and each tensor is scattered into
+them; no device ever holds a whole stack. A tensor is quantised before it is
+cut, so that its codes do not depend on the mesh. Every process reads (and
+hashes) the whole checkpoint and keeps the parts of its own devices.
 """
 
 from __future__ import annotations
@@ -14,9 +19,11 @@ import pathlib
 from typing import Any, NamedTuple, Protocol
 
 import jax
+from jax.sharding import Mesh
 import jax.numpy as jnp
 
 from lora_jax import errors
+from lora_jax import mesh as mesh_lib
 from lora_jax import quant
 from lora_jax import types
 from lora_jax.models import config as config_lib
@@ -24,6 +31,7 @@ from lora_jax.models import decoder
 from lora_jax.models import gguf
 from lora_jax.models import hf
 from lora_jax.models import init
+from lora_jax.models import sharding
 
 SKIP = ("lm_head", "embed_tokens")
 
@@ -129,8 +137,14 @@ def convert(
     spec: quant.QuantSpec | None = None,
     dtype: Any = jnp.float32,
     skip: Sequence[str] = SKIP,
+    mesh: Mesh | None = None,
 ) -> LoadedBase:
-  """Reads every tensor of a checkpoint once; see `load`."""
+  """Reads every tensor of a checkpoint once; see `load`.
+
+  Args:
+    source, spec, dtype, skip: as there.
+    mesh: the devices to spread over; None is the default device.
+  """
   config = source.config
   _check(source, spec, skip)
   digests: list[str] = []
@@ -139,32 +153,58 @@ def convert(
     quantised = slot.linear and slot.target not in skip
     how = spec if quantised and spec and spec.format != "none" else None
     leaves[slot.target, slot.leaf] = _leaf(
-        source, slot, how, jnp.dtype(dtype), digests)
+        source, slot, how, jnp.dtype(dtype), digests, mesh)
   fingerprint = hashlib.sha256("\n".join(sorted(digests)).encode())
   base = init.assemble(config, leaves)
   return LoadedBase(config, base, fingerprint.hexdigest(), source.label)
 
 
-def _leaf(source, slot, spec, dtype, digests) -> types.Tree:
+def _leaf(source, slot, spec, dtype, digests, mesh) -> types.Tree:
   """One slot of the base, stacked if it is one a layer."""
   if not slot.stacked:
-    raw = _read(source, hf.hf_name(None, slot.target, slot.leaf), slot,
-                digests)
-    return jax.block_until_ready(
-        _convert(raw, spec=spec, dtype=dtype, transpose=slot.linear))
+    one = _one(source, None, slot, spec, dtype, digests)
+    return jax.block_until_ready(_scattered(mesh, slot, one))
   stack = None
   for layer in range(source.config.n_layers):
-    raw = _read(source, hf.hf_name(layer, slot.target, slot.leaf), slot,
-                digests)
-    one = _convert(raw, spec=spec, dtype=dtype, transpose=slot.linear)
-    del raw
+    one = _one(source, layer, slot, spec, dtype, digests)
     if stack is None:
-      stack = jax.tree.map(
-          lambda x: jnp.zeros((source.config.n_layers, *x.shape), x.dtype),
-          one)
+      stack = _allocated(mesh, slot, one, source.config.n_layers)
     # Waiting keeps the next tensor from being read while this one is held.
-    stack = jax.block_until_ready(_put(stack, one, layer))
+    stack = jax.block_until_ready(
+        _put(stack, _scattered(mesh, slot, one), layer))
   return stack
+
+
+def _one(source, layer, slot, spec, dtype, digests) -> types.Tree:
+  """One tensor of the base, whole, on one device of this process."""
+  raw = _read(
+      source, hf.hf_name(layer, slot.target, slot.leaf), slot, digests)
+  return _convert(raw, spec=spec, dtype=dtype, transpose=slot.linear)
+
+
+def _scattered(mesh, slot, one) -> types.Tree:
+  """The tensor cut into its parts."""
+  if mesh is None:
+    return one
+  return jax.tree.map(mesh_lib.place, one, _homes(mesh, slot, one))
+
+
+def _allocated(mesh, slot, one, depth) -> types.Tree:
+  """Zeros for `depth` tensors like this one, in parts from the start."""
+  stack = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct((depth, *x.shape), x.dtype), one)
+  zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stack)
+  if mesh is None:
+    return zeros()
+  return jax.jit(zeros, out_shardings=_homes(mesh, slot, stack))()
+
+
+def _homes(mesh, slot, tree) -> types.Tree:
+  """Where the leaves of a slot's value, or stack of values, live."""
+  logical: tuple[str, ...] = ("in", "out") if len(slot.shape) == 2 else ()
+  if slot.leaf == "bias":
+    logical = ("out",)
+  return sharding.shardings(mesh, tree, target=slot.target, axes=logical)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "dtype", "transpose"))

@@ -19,17 +19,28 @@ import jax
 # attention; gate, up: MLP pre-activations.
 NAMES = ("q", "k", "v", "o", "mid", "gate", "up")
 
+def _all_but_gathered(primitive, *unused, **parameters) -> bool:
+  return primitive.name != "sharding_constraint"
+
+
 POLICIES: dict[str, Any] = {
-    "none": jax.checkpoint_policies.everything_saveable,
+    "none": _all_but_gathered,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "named": jax.checkpoint_policies.save_only_these_names(*NAMES),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
-def wrap(function: Callable, policy: str) -> Callable:
-  """`function` under a policy of `POLICIES`, for use inside `lax.scan`."""
-  if policy == "none":
+def wrap(function: Callable, policy: str, gathers: bool = False) -> Callable:
+  """`function` under a policy of `POLICIES`, for use inside `lax.scan`.
+
+  Args:
+    function: a layer.
+    policy: a key of `POLICIES`.
+    gathers: whether it gathers its weights (`sharding.gathered`); they are
+      never kept: together they are the whole model, on every device.
+  """
+  if policy == "none" and not gathers:
     return function
   # Scan keeps XLA from merging the second computation with the first.
   return jax.checkpoint(

@@ -1,15 +1,28 @@
-"""Logical axes of a model's parameters, and of the adapters beside them."""
+"""Where a model's parameters live on a mesh, and those of what adapts them.
+
+Every dataclass of weights names the axes of its fields (`mesh.axes`); here
+"in" and "out" of each projection are bound to the logical axes of `mesh.RULES`.
+A base, adapters, gradients and optimiser states are all placed by this.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+import dataclasses
+import functools
+from typing import Any
+
 import jax
 from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+import jax.numpy as jnp
 
 from lora_jax import mesh as mesh_lib
+from lora_jax import quant
 from lora_jax import trees
 from lora_jax import types
 
-# (in, out) of each projection.
+# (in, out) of each projection; (v, d) of the embedding.
 LINEAR: dict[str, tuple[str, str]] = {
     "q_proj": ("model", "heads"),
     "k_proj": ("model", "heads"),
@@ -23,32 +36,136 @@ LINEAR: dict[str, tuple[str, str]] = {
 }
 
 
-def _logical(path: str, ndim: int) -> tuple[str | None, ...]:
-  """Names of the last axes of the leaf at a dotted path."""
-  target = next((t for t in LINEAR if f".{t}." in f".{path}."), None)
-  leaf = path.rpartition(".")[2]
-  if target is None or ndim == 0:
-    return ()
-  into, out = LINEAR[target]
-  if leaf == "a":
-    return (into, None)
-  if leaf == "b":
-    return (None, out)
-  if leaf in ("bias", "m"):
-    return (out,)
-  # Weights, codes [i/2, o] and block statistics [q, o]: cut alike. What is
-  # nested below the statistics' own codes is small, and replicated.
-  if leaf in ("weight", "codes", "scales", "minima", "embed_tokens"):
-    return (into, out)
-  return ()
+def shardings(
+    mesh: Mesh,
+    tree: types.Tree,
+    rules: Mapping = mesh_lib.RULES,
+    target: str | None = None,
+    axes: tuple[str | None, ...] = (),
+) -> types.Tree:
+  """Where every leaf lives.
+
+  Args:
+    mesh: the devices.
+    tree: a base, adapters or optimiser states, or a part of one; anything
+      with a shape may stand for a leaf.
+    rules: the table.
+    target: the projection that `tree` is a part of, if its path does not say.
+    axes: of `tree`, if it is a leaf.
+
+  Returns:
+    A tree of `NamedSharding`; what names no axes is replicated.
+  """
+  names = dict(zip(("in", "out"), LINEAR.get(target or "", (None, None))))
+
+  def walk(node, logical, names):
+    if node is None:
+      return None
+    if jax.tree_util.all_leaves([node]):
+      logical = [names.get(name, name) for name in logical]
+      return NamedSharding(
+          mesh, mesh_lib.spec(mesh, node.shape, logical, rules))
+    fields = {}
+    if dataclasses.is_dataclass(node):
+      fields = {f.name: f.metadata.get("axes", ())
+                for f in dataclasses.fields(node)}
+
+    def child(path, value):
+      name = trees.path_str(path)
+      bound = names
+      if name in LINEAR:
+        bound = dict(zip(("in", "out"), LINEAR[name]))
+      return walk(value, fields.get(name, ()), bound)
+
+    # One level of `node`; its children, None among them, count as leaves.
+    return jax.tree_util.tree_map_with_path(
+        child, node, is_leaf=lambda x: x is not node)
+
+  return walk(tree, axes, names)
 
 
 def put(mesh: Mesh, tree: types.Tree) -> types.Tree:
   """A base, adapters or optimiser states on the mesh, leaf by leaf."""
+  return jax.tree.map(mesh_lib.place, tree, shardings(mesh, tree))
 
-  def place(path, leaf):
-    logical = _logical(trees.path_str(path), leaf.ndim)
-    logical = logical if len(logical) <= leaf.ndim else ()
-    return mesh_lib.put(mesh, leaf, logical)
 
-  return jax.tree_util.tree_map_with_path(place, tree)
+def constrain(mesh: Mesh | None, tree: types.Tree) -> types.Tree:
+  """Keeps a traced tree where `put` places it."""
+  if mesh is None:
+    return tree
+  return jax.lax.with_sharding_constraint(tree, shardings(mesh, tree))
+
+
+def rows(mesh: Mesh | None, x: jax.Array) -> jax.Array:
+  """Keeps activations `[b, ...]` cut along `b`, if the mesh divides it."""
+  if mesh is None:
+    return x
+  logical = ("batch",) + (None,) * (x.ndim - 1)
+  return jax.lax.with_sharding_constraint(
+      x, NamedSharding(mesh, mesh_lib.spec(mesh, x.shape, logical)))
+
+
+def gathers(mesh: Mesh | None) -> bool:
+  """Whether weights are gathered where they are used."""
+  return mesh is not None and mesh.shape["fsdp"] > 1
+
+
+def gathered(
+    mesh: Mesh | None, tree: types.Tree, dtype: Any = None
+) -> types.Tree:
+  """A layer's weights or adapters, whole along fsdp, as they are used.
+
+  Of a quantised weight it is the codes that are gathered. Left to itself XLA
+  gathers what is computed from them, four times the bytes in bfloat16. Plain
+  weights are gathered in the compute type. A gradient goes back to where its
+  weight lives.
+
+  Args:
+    mesh: the devices, or None for one.
+    tree: traced, of one layer (or of what is not stacked).
+    dtype: compute type, of a base; None leaves every leaf in its own.
+
+  Returns:
+    The tree; cut along `tensor` only.
+  """
+  if not gathers(mesh):
+    return tree
+  assert mesh is not None
+
+  def cast(leaf):
+    plain = not isinstance(leaf, quant.QuantizedArray) and leaf.ndim >= 2
+    return leaf.astype(dtype) if plain else leaf
+
+  if dtype is not None:
+    tree = jax.tree.map(
+        cast, tree, is_leaf=lambda x: isinstance(x, quant.QuantizedArray))
+  here = shardings(mesh, tree)
+  there = shardings(mesh, tree, mesh_lib.GATHERED)
+
+  def move(leaf, home, used):
+    if home == used:
+      return leaf
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+      return _moved(leaf, used, home)
+    return jax.lax.with_sharding_constraint(leaf, used)
+
+  return jax.tree.map(move, tree, here, there)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _moved(x, used, home):
+  """`x` at `used`; its cotangent at `home`, so that it is scattered."""
+  del home
+  return jax.lax.with_sharding_constraint(x, used)
+
+
+def _moved_forward(x, used, home):
+  return _moved(x, used, home), None
+
+
+def _moved_backward(used, home, unused, g):
+  del used, unused
+  return (jax.lax.with_sharding_constraint(g, home),)
+
+
+_moved.defvjp(_moved_forward, _moved_backward)

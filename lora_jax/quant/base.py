@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import errors
+from lora_jax import mesh as mesh_lib
 from lora_jax import types
 from lora_jax.quant import double
 from lora_jax.quant import exact
@@ -99,8 +100,8 @@ class QuantizedArray:
 
   CODES_PER_BYTE: ClassVar[int] = 2
 
-  codes: types.Array
-  scales: double.Statistic
+  codes: types.Array = mesh_lib.axes("in", "out")
+  scales: double.Statistic = mesh_lib.axes("in", "out")
   block_size: int = struct.field(pytree_node=False, default=64)
 
   @classmethod

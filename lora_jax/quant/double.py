@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import mesh as mesh_lib
 from lora_jax import types
 from lora_jax.quant import exact
 
@@ -64,7 +65,7 @@ class Nested:
     offset: float32 `[]`, the mean.
   """
 
-  codes: types.Array
+  codes: types.Array = mesh_lib.axes("in", "out")
   nested_absmax: types.Array
   offset: types.Array
 

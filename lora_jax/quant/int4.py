@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import mesh as mesh_lib
 from lora_jax.quant import base
 from lora_jax.quant import codebook
 from lora_jax.quant import double
@@ -35,7 +36,7 @@ class Int4Affine(base.QuantizedArray):
     minimums: float32 `[q, o]`, or the same nested.
   """
 
-  minimums: double.Statistic
+  minimums: double.Statistic = mesh_lib.axes("in", "out")
 
   @classmethod
   def encode(cls, w: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:

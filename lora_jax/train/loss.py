@@ -28,20 +28,30 @@ def token_nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
   return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
-def chunk_size(tokens: int, vocab_size: int) -> int:
-  """Tokens a chunk: a power of two whose logits fit `CHUNK_ELEMENTS`."""
+def chunk_size(tokens: int, vocab_size: int, ways: int = 1) -> int:
+  """Tokens a chunk: a power of two whose logits fit `CHUNK_ELEMENTS`.
+
+  Args:
+    tokens: of the batch, and so at most of a chunk.
+    vocab_size: v.
+    ways: in how many parts the rows are cut; each has its own chunk.
+  """
   fit = max(CHUNK_ELEMENTS // vocab_size, 16)
-  return min(1 << (fit.bit_length() - 1), max(tokens, 1))
+  return min(ways << (fit.bit_length() - 1), max(tokens, 1))
 
 
 def chunks(tree: types.Tree, size: int) -> types.Tree:
-  """`[b, t, ...]` leaves as `[n, 1, size, ...]`, padded with zeros."""
+  """`[b, t, ...]` leaves as `[n, b, c, ...]`, padded with zeros.
+
+  A chunk is some columns, c, of every row: on a mesh each device has its part
+  of the rows in every chunk. b * c is at most `size`, unless c is 1.
+  """
 
   def cut(x):
-    x = x.reshape(-1, *x.shape[2:])
-    pad = -x.shape[0] % size
-    x = jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1))
-    return x.reshape(-1, 1, size, *x.shape[1:])
+    b, t, *rest = x.shape
+    c = min(max(size // b, 1), t)
+    x = jnp.pad(x, ((0, 0), (0, -t % c)) + ((0, 0),) * len(rest))
+    return jnp.moveaxis(x.reshape(b, -1, c, *rest), 1, 0)
 
   return jax.tree.map(cut, tree)
 
@@ -53,23 +63,25 @@ def weighted_nll(
     hidden: jax.Array,
     per_token: types.Tree,
     vocab_size: int,
+    ways: int = 1,
 ) -> jax.Array:
   """Sum of `loss_weights * nll` over a batch; differentiable.
 
   Args:
-    unembed: `(trainable, frozen, hidden [1, c, d], per_token [1, c]) ->
-      logits [1, c, v]`; a static, pure function.
+    unembed: `(trainable, frozen, hidden [b, c, d], per_token [b, c]) ->
+      logits [b, c, v]`; a static, pure function.
     trainable: what of the head is trained; gradients flow to it.
     frozen: the rest of the head; no gradient.
     hidden: `[b, t, d]`; gradients flow to it.
     per_token: a tree of `[b, t]` arrays with `targets` and `loss_weights`
       (a `types.Batch`).
     vocab_size: v, which decides the size of a chunk.
+    ways: see `chunk_size`.
 
   Returns:
     A float32 scalar; nats.
   """
-  size = chunk_size(hidden.shape[0] * hidden.shape[1], vocab_size)
+  size = chunk_size(hidden.shape[0] * hidden.shape[1], vocab_size, ways)
   return _sum_chunks(
       unembed, trainable, chunks(hidden, size), frozen,
       chunks(per_token, size))

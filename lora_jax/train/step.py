@@ -7,13 +7,16 @@ import functools
 
 from flax import struct
 import jax
+from jax.sharding import Mesh
 import jax.numpy as jnp
 import optax
 
 from lora_jax import adapters
+from lora_jax import mesh as mesh_lib
 from lora_jax import types
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
+from lora_jax.models import sharding
 from lora_jax.train import loss
 from lora_jax.train import optim
 
@@ -41,11 +44,13 @@ class Settings:
     dtype: compute type of activations, `float32` or `bfloat16`.
     remat: a key of `models.remat.POLICIES`.
     noise: whether the adapters' dropout is drawn.
+    mesh: the devices that the trees are spread over, or None for one.
   """
 
   dtype: str = "float32"
   remat: str = "named"
   noise: bool = False
+  mesh: Mesh | None = None
 
 
 def init_state(params: types.Tree) -> TrainState:
@@ -55,17 +60,6 @@ def init_state(params: types.Tree) -> TrainState:
   return TrainState(
       step=jnp.int32(0), params=params,
       opt_state=optim.transform(zero).init(params))
-
-
-def _head(tree):
-  """The parts of (base, adapters) that `decoder.unembed` reads."""
-  base, adapter_tree = tree
-  if base is not None:
-    base = base.replace(layers=None)
-  overrides = adapter_tree.overrides
-  if overrides is not None:
-    overrides = overrides.replace(layers=None)
-  return base, adapter_tree.replace(layers=None, overrides=overrides)
 
 
 def weighted_sum(
@@ -101,7 +95,8 @@ def weighted_sum(
   tree = adapters.join(params, frozen)
   hidden, _ = decoder.forward(
       model, base, tree, batch.tokens, batch.positions, batch.segment_ids,
-      noise=noise(batch), dtype=settings.dtype, remat=settings.remat)
+      noise=noise(batch), dtype=settings.dtype, remat=settings.remat,
+      mesh=settings.mesh)
 
   def unembed(trainable, rest, chunk, part):
     head_base, head_frozen, step_key = rest
@@ -110,11 +105,16 @@ def weighted_sum(
     return decoder.unembed(
         model, head_base, joined, chunk, noise=noise(part))
 
-  head_base, head_frozen = _head((base, frozen))
-  _, head_params = _head((None, params))
+  head_base, head_frozen = decoder.head_parts(base, frozen)
+  _, head_params = decoder.head_parts(None, params)
+  # Once, not for every chunk of the loss. What is trained stays in float32,
+  # in which the gradients of the chunks are summed.
+  head_base = sharding.gathered(settings.mesh, head_base, settings.dtype)
+  head_frozen, head_params = sharding.gathered(
+      settings.mesh, (head_frozen, head_params))
   return loss.weighted_nll(
       unembed, head_params, (head_base, head_frozen, key), hidden, batch,
-      model.vocab_size)
+      model.vocab_size, mesh_lib.ways(settings.mesh))
 
 
 def loss_and_grads(params, frozen, base, batch, key, *, model, settings):
@@ -184,6 +184,8 @@ def train_step(
   params, opt_state = jax.tree.map(
       lambda new, old: jnp.where(finite, new, old),
       (params, opt_state), (state.params, state.opt_state))
+  params, opt_state = sharding.constrain(
+      settings.mesh, (params, opt_state))
   metrics = {
       "loss": value,
       "grad_norm": norm,

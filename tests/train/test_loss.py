@@ -51,7 +51,7 @@ def _reference(hidden, head, bias, batch):
 @pytest.mark.parametrize("chunk", [1, 4, 6, 16, 64])
 def test_against_torch(chunk, monkeypatch):
   hidden, head, bias, batch = _inputs()
-  monkeypatch.setattr(loss, "chunk_size", lambda tokens, vocab: chunk)
+  monkeypatch.setattr(loss, "chunk_size", lambda tokens, vocab, ways: chunk)
 
   def unembed(trainable, frozen, x, part):
     del part
@@ -128,7 +128,7 @@ def test_of_a_model_is_the_plain_one(case, monkeypatch):
       positions=np.broadcast_to(np.arange(11, dtype=np.int32), shape),
       segment_ids=np.ones(shape, np.int32),
       example_ids=np.zeros(shape, np.int32))
-  monkeypatch.setattr(loss, "chunk_size", lambda tokens, vocab: 4)
+  monkeypatch.setattr(loss, "chunk_size", lambda tokens, vocab, ways: 4)
   ours = jax.jit(jax.value_and_grad(lambda p: step.weighted_sum(
       p, frozen, base, batch, jax.random.key(0), model=config,
       settings=step.Settings(remat="none"))))(params)
@@ -168,7 +168,7 @@ def test_logits_of_a_batch_never_exist(monkeypatch):
   def most(chunk):
     """Most tokens in an array with the vocabulary's axis."""
     with monkeypatch.context() as patch:
-      patch.setattr(loss, "chunk_size", lambda tokens, vocab: chunk)
+      patch.setattr(loss, "chunk_size", lambda tokens, vocab, ways: chunk)
       # A function of its own: traces are cached by function.
       jaxpr = jax.make_jaxpr(lambda p: step.loss_and_grads(
           p, frozen, base, batch, jax.random.key(0), model=config,
