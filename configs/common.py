@@ -91,6 +91,16 @@ def get_config() -> config_dict.ConfigDict:
   config.mesh.fsdp = 1
   config.mesh.tensor = 1
 
+  # Several processes, each started with the same command: "auto" on pods and
+  # under Slurm, else "host:port" of process 0, how many, and which this is:
+  #   --config.distributed.coordinator=host0:1234 \
+  #   --config.distributed.processes=2 --config.distributed.process=0
+  # --workdir must be a folder that all of them see.
+  config.distributed = c()
+  config.distributed.coordinator = ""
+  config.distributed.processes = 0
+  config.distributed.process = -1
+
   config.compute = c()
   config.compute.dtype = "float32"  # float32 bfloat16
   config.compute.remat = "named"  # none dots named full

@@ -14,6 +14,7 @@ import os
 import pathlib
 import runpy
 import sys
+import traceback
 from typing import Any
 
 from absl import flags
@@ -21,6 +22,7 @@ from absl import logging
 import jax
 
 from lora_jax import errors
+from lora_jax import processes
 
 # That torch is absent is no news here: nothing needs it.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -31,7 +33,30 @@ def run(main: Callable[[], None], argv: list[str] | None = None) -> None:
   sys.unraisablehook = _unraisable
   # A failed checkpoint leaves tasks nobody waits for; the error was raised.
   std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
-  sys.exit(_code(main, sys.argv if argv is None else argv))
+  try:
+    code = _code(main, sys.argv if argv is None else argv)
+  except Exception:
+    if not processes.connected():
+      raise
+    traceback.print_exc()
+    code = 1
+  if code and processes.connected():
+    # At once: a process that ends in order waits for the others, and they
+    # may be waiting for its data.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  sys.exit(code)
+
+
+def connect() -> None:
+  """Joins the processes that the config names; one of them prints."""
+  config = flags.FLAGS.config if "config" in flags.FLAGS else None
+  if config is None or "distributed" not in config:
+    return
+  processes.connect(processes.DistributedConfig(**config.distributed))
+  if processes.connected() and not processes.writes():
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 
 
 def cache_compilations() -> None:
@@ -63,6 +88,7 @@ def _code(main, argv) -> int:
     if rest:
       raise errors.UsageError(
           f'"{rest[0]}" is not a flag; write --name=value (see --help)')
+    connect()
     cache_compilations()
     main()
     return 0

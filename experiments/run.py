@@ -26,6 +26,7 @@ from experiments import report
 from experiments import rows as rows_lib
 from lora_jax import api
 from lora_jax import errors
+from lora_jax import processes
 from lora_jax.train import loop
 from lora_jax.train import workdir as workdir_lib
 
@@ -43,7 +44,7 @@ def default_workdir(name: str, config: dict[str, Any]) -> pathlib.Path:
 
 
 def open_workdir(folder: pathlib.Path, config: dict[str, Any]) -> None:
-  """Writes config.json and environment.json, or checks the config's.
+  """Writes config.json and environment.json, after checking an older one.
 
   Raises:
     errors.UserError: if the folder holds a run of another config, or cannot
@@ -55,15 +56,19 @@ def open_workdir(folder: pathlib.Path, config: dict[str, Any]) -> None:
       old = json.loads(path.read_text())
     except ValueError:
       old = None  # Not ours, or older than atomic writes: start over.
-    if old is not None and old != config:
-      name, was, now = next(_differences(old, config))
+    if old is not None and _result(old) != _result(config):
+      name, was, now = next(_differences(_result(old), _result(config)))
       raise errors.UserError(
           f"{folder} holds a run with {name}={was!r}, not {now!r}; choose "
           "another --workdir, or delete it")
-  else:
-    workdir_lib.write_json(path, config)
+  workdir_lib.write_json(path, config)
   workdir_lib.write_json(
       folder / "environment.json", workdir_lib.environment(config["seed"]))
+
+
+def _result(config):
+  """What a result depends on: a run may go on on other devices."""
+  return {k: v for k, v in config.items() if k != "mesh"}
 
 
 def _differences(old, new, prefix=""):
@@ -76,7 +81,10 @@ def _differences(old, new, prefix=""):
 
 
 def execute(config: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
-  """Runs a resolved config in a work directory; returns the summary."""
+  """Runs a resolved config in a work directory; returns the summary.
+
+  Of several processes the one that writes has a summary.
+  """
   blocks.check(config)
   open_workdir(folder, config)
   print(f"work directory: {folder}")
@@ -124,6 +132,8 @@ def _execute(config, folder):
       seed=config["seed"], sample=sample if asked else None, save_best=save)
   if held_out is None:
     save(model)
+  if not processes.writes():
+    return {}
   return finish(model, outcome, folder, [a[1:] for a in asked])
 
 
@@ -157,6 +167,8 @@ def main() -> None:
     raise errors.UsageError(
         "--config is missing; e.g. --config=configs/quickstart.py")
   resolved = json.loads(config.to_json_best_effort())
+  # Which process this is belongs to no result.
+  resolved.pop("distributed", None)
   name = next((a.partition("=")[2] for a in sys.argv
                if a.startswith("--config=")), "run")
   name = pathlib.Path(name.partition(":")[0]).stem

@@ -13,8 +13,8 @@ import functools
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import numpy as np
 
 from lora_jax import adapters as adapters_lib
@@ -191,14 +191,13 @@ def generate(
   if adapters is not None:
     adapters = adapters_lib.prepared(adapters, base)
 
-  place = lambda x: x if mesh is None else mesh_lib.put(
+  place: Callable = lambda x: x if mesh is None else mesh_lib.put(
       mesh, x, ("requests",) + (None,) * (x.ndim - 1))
-  tokens, lengths, numbers = map(place, (tokens, lengths, numbers))
   active = np.arange(b) < n
   results: list[list[int]] = [[] for _ in prompts]
   cache, newest = prefill(
-      base, adapters, tokens, lengths, key, numbers, how, model=model,
-      size=size, dtype=dtype)
+      base, adapters, place(tokens), place(lengths), key, place(numbers), how,
+      model=model, size=size, dtype=dtype)
   while True:
     for i, token in enumerate(mesh_lib.fetch(newest)[:n].tolist()):
       if not active[i]:
@@ -214,8 +213,8 @@ def generate(
       return results
     # A copy: the device may still read it when the next tokens come in.
     cache, newest = decode(
-        base, adapters, cache, newest, place(active.copy()), key, numbers, how,
-        model=model, dtype=dtype)
+        base, adapters, cache, newest, place(active.copy()), key,
+        place(numbers), how, model=model, dtype=dtype)
 
 
 def _check(model, prompts) -> None:

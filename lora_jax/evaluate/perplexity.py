@@ -7,8 +7,8 @@ import dataclasses
 import functools
 
 import jax
-from jax.sharding import Mesh
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import numpy as np
 
 from lora_jax import mesh as mesh_lib

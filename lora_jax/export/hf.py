@@ -12,6 +12,7 @@ one matrix.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator
 import dataclasses
 import functools
@@ -27,6 +28,7 @@ import numpy as np
 from lora_jax import adapters as adapters_lib
 from lora_jax import errors
 from lora_jax import mesh as mesh_lib
+from lora_jax import processes
 from lora_jax import quant
 from lora_jax import types
 from lora_jax.export import folders
@@ -133,6 +135,9 @@ def write(
       the disk is full or not writable.
   """
   model, tensors = merged(model, base, adapters, dtype)
+  if not processes.writes():
+    collections.deque(tensors, maxlen=0)  # Gathers the writer's tensors.
+    return
   folder = pathlib.Path(folder)
   with folders.replaced(folder, "config.json") as fresh:
     _write_json(fresh / "config.json", model.to_hf() | {"dtype": dtype})

@@ -22,6 +22,8 @@ import numpy as np
 import safetensors
 
 from lora_jax import errors
+from lora_jax import mesh as mesh_lib
+from lora_jax import processes
 from lora_jax.adapters import base as base_lib
 from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import registry
@@ -153,6 +155,9 @@ def write(
   metadata = {"format": "pt"}
   if fingerprint:
     metadata[FINGERPRINT] = fingerprint
+  adapters = jax.tree.map(mesh_lib.fetch, adapters)
+  if not processes.writes():
+    return
   named = dict(sorted(tensors(adapters, paths).items()))
   text = json.dumps(config, indent=2, sort_keys=True) + "\n"
   with folders.replaced(pathlib.Path(folder), CONFIG) as fresh:

@@ -63,8 +63,8 @@ class Base:
   """
 
   embed_tokens: types.Array = mesh_lib.axes("in", "out")
-  layers: dict[str, Any]
-  norm: types.Array
+  layers: dict[str, Any] = mesh_lib.axes()
+  norm: types.Array = mesh_lib.axes(None)
   lm_head: Linear | None = None
 
 
@@ -209,9 +209,13 @@ def forward(
       None if windows is None else jnp.asarray(windows, jnp.int32),
       None if cache is None else (cache.k, cache.v),
   )
+  # Looked up where the parts of the table are, then exchanged: what is looked
+  # up is less than the table.
+  hidden = sharding.rows(
+      mesh, _embed(base, adapters, tokens, dtype), "requests", None, "model")
   hidden, cached = jax.lax.scan(
       remat_lib.wrap(body, remat, sharding.gathers(mesh)),
-      sharding.rows(mesh, _embed(base, adapters, tokens, dtype)), xs)
+      sharding.rows(mesh, hidden), xs)
   if cache is not None:
     cache = dataclasses.replace(cache, k=cached[0], v=cached[1])
   return layers_lib.rms_norm(hidden, base.norm, config.norm_eps), cache

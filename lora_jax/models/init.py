@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder

@@ -19,8 +19,8 @@ import pathlib
 from typing import Any, NamedTuple, Protocol
 
 import jax
-from jax.sharding import Mesh
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from lora_jax import errors
 from lora_jax import mesh as mesh_lib

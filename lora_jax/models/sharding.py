@@ -13,9 +13,9 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
-import jax.numpy as jnp
 
 from lora_jax import mesh as mesh_lib
 from lora_jax import quant
@@ -96,11 +96,12 @@ def constrain(mesh: Mesh | None, tree: types.Tree) -> types.Tree:
   return jax.lax.with_sharding_constraint(tree, shardings(mesh, tree))
 
 
-def rows(mesh: Mesh | None, x: jax.Array) -> jax.Array:
-  """Keeps activations `[b, ...]` cut along `b`, if the mesh divides it."""
+def rows(
+    mesh: Mesh | None, x: jax.Array, *logical: str | None) -> jax.Array:
+  """Keeps `x [b, ...]` cut along `b`, or as the axes' names say."""
   if mesh is None:
     return x
-  logical = ("batch",) + (None,) * (x.ndim - 1)
+  logical = logical or ("batch",) + (None,) * (x.ndim - 1)
   return jax.lax.with_sharding_constraint(
       x, NamedSharding(mesh, mesh_lib.spec(mesh, x.shape, logical)))
 

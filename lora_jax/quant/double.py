@@ -66,8 +66,8 @@ class Nested:
   """
 
   codes: types.Array = mesh_lib.axes("in", "out")
-  nested_absmax: types.Array
-  offset: types.Array
+  nested_absmax: types.Array = mesh_lib.axes(None)
+  offset: types.Array = mesh_lib.axes()
 
   def dequantize(self) -> jax.Array:
     """`map[codes] * nested_absmax + offset`, float32 `[q, o]`, unfused."""

@@ -4,6 +4,10 @@ Orbax makes a step's folder appear whole or not at all, but not proof against
 a disk that lost the end of a file afterwards. `checkpoints/sha256/<step>.json`
 holds the digests of a finished step; a step that does not match is moved
 aside with a warning and the one before it is used.
+
+A step may be restored onto other devices than it was saved on. Several
+processes write their own parts into one folder, which all of them must see;
+what orbax does not do, one of them does.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from lora_jax import errors
+from lora_jax import processes
 from lora_jax import types
 from lora_jax.train import workdir as workdir_lib
 
@@ -34,9 +39,11 @@ class Checkpoints:
   def __init__(self, folder: pathlib.Path, keep: int = 2):
     self._folder = folder.absolute()
     self._digests = self._folder / "sha256"
-    self._digests.mkdir(parents=True, exist_ok=True)
     self._keep = keep
-    self._set_damaged_aside()
+    if processes.writes():
+      self._digests.mkdir(parents=True, exist_ok=True)
+      self._set_damaged_aside()
+    processes.barrier("checkpoints are sound")
     self._manager = ocp.CheckpointManager(
         self._folder, options=ocp.CheckpointManagerOptions(
             enable_async_checkpointing=False))
@@ -65,12 +72,14 @@ class Checkpoints:
           f"checkpoint of step {step} could not be written to "
           f"{self._folder}: {reason}; free space or choose another "
           "--workdir, then run the same command again") from error
-    workdir_lib.write_json(
-        self._digests / f"{step}.json", _digest(self._folder / str(step)))
+    if processes.writes():
+      workdir_lib.write_json(
+          self._digests / f"{step}.json", _digest(self._folder / str(step)))
     for old in self.steps()[:-self._keep]:
       if old != best_step:
         self._manager.delete(old)
-        (self._digests / f"{old}.json").unlink(missing_ok=True)
+        if processes.writes():
+          (self._digests / f"{old}.json").unlink(missing_ok=True)
 
   def restore(
       self, like: types.Tree

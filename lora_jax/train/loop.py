@@ -190,7 +190,7 @@ class _Run:
       self.progress = Progress.from_meta(meta)
       self.line.note(f"going on from step {self.progress.step}")
     self.began = time.monotonic() - self.progress.seconds
-    self.metrics = workdir_lib.Metrics(
+    self.metrics = workdir_lib.metrics(
         self.folder / "metrics.jsonl",
         self.progress.step if restored is not None else -1)
     try:

@@ -7,8 +7,8 @@ import functools
 
 from flax import struct
 import jax
-from jax.sharding import Mesh
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import optax
 
 from lora_jax import adapters

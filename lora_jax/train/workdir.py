@@ -9,6 +9,9 @@
   adapter/          PEFT format, the best step
   summary.json      the result
   loss.png          the curves
+
+Of several processes one writes (`processes.writes`); in the others the
+functions of this module do nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import Any
 import jax
 
 from lora_jax import errors
+from lora_jax import processes
 
 
 def write_bytes(path: pathlib.Path, data: bytes) -> None:
@@ -33,6 +37,8 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
   Raises:
     errors.UserError: if it cannot be written.
   """
+  if not processes.writes():
+    return
   temporary = path.with_name(path.name + ".tmp")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,6 +104,24 @@ class Metrics:
 
   def close(self) -> None:
     self._file.close()
+
+
+class _NoMetrics:
+  """`Metrics` of a process that does not write."""
+
+  def write(self, values: dict[str, Any]) -> None:
+    pass
+
+  def sync(self) -> None:
+    pass
+
+  def close(self) -> None:
+    pass
+
+
+def metrics(path: pathlib.Path, step: int) -> Metrics | _NoMetrics:
+  """`Metrics` in the process that writes, and its shape in the others."""
+  return Metrics(path, step) if processes.writes() else _NoMetrics()
 
 
 def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
