@@ -1,4 +1,4 @@
-"""Eight virtual devices compute what one does."""
+"""Eight virtual devices compute what one does, and exchange few bytes."""
 
 from __future__ import annotations
 
@@ -12,39 +12,86 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax import adapters as adapters_lib
 from lora_jax import errors
 from lora_jax import mesh as mesh_lib
-from lora_jax import trees
-from lora_jax.models import sharding
+from tests.models import eight
 
-MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8),
-          "mixed": (2, 2, 2)}
-
-# Compiling for eight devices takes seconds: one method on all meshes.
-CASES = {"lora nf4": tuple(MESHES), "dora nf4": ("mixed",),
-         "full none": ("mixed",)}
+RUNS = [f"{case} {mesh}" for case, names in eight.CASES.items()
+        for mesh in names]
+FLOATS = ("f32", "bf16", "f16")
 
 
 @pytest.fixture(scope="module")
-def report():
-  """Errors by method, format and mesh, from a process with 8 devices."""
+def report(tmp_path_factory):
+  """`eight.main`'s, from a process with 8 devices."""
   run = subprocess.run(
-      [sys.executable, "-m", "tests.models.test_sharding"],
+      [sys.executable, "-m", "tests.models.eight",
+       str(tmp_path_factory.mktemp("eight"))],
       cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True,
-      timeout=600, env=os.environ | {
+      timeout=580, env=os.environ | {
           "XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
   assert run.returncode == 0, run.stderr[-3000:]
   return json.loads(run.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("case, mesh", [
-    (case, mesh) for case, names in CASES.items() for mesh in names])
-def test_loss_and_gradients_equal_those_of_one_device(report, case, mesh):
-  result = report[case][mesh]
-  assert result["loss"] <= 1e-5
+@pytest.mark.parametrize("name", RUNS)
+def test_two_steps_equal_those_of_one_device(report, name):
+  result = report["equality"][name]
+  np.testing.assert_allclose(*result["losses"], rtol=1e-5)
   assert max(result["grads"].values()) <= 1e-5, result["grads"]
-  assert result["cut"] > 0 or mesh == "data"
+  assert max(result["params"].values()) <= 1e-5, result["params"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_everything_lives_where_the_table_says(report, name):
+  """Base, adapters and optimiser states, before and after each step."""
+  result = report["equality"][name]
+  assert not result["astray"]
+  assert result["cut"] > 0 or name.endswith(" data")
+
+
+@pytest.mark.parametrize("mesh", ["None", "fsdp"])
+def test_a_checkpoint_of_one_mesh_goes_on_on_another(report, mesh):
+  result = report["equality"]["restored"][mesh]
+  np.testing.assert_allclose(*result["first"], rtol=1e-5)
+  np.testing.assert_allclose(*result["second"], rtol=1e-5)
+  assert max(result["params"].values()) <= 1e-5
+  assert not result["astray"]
+
+
+@pytest.mark.parametrize("mesh", ["fsdp", "tensor", "mixed"])
+def test_codes_are_gathered_not_floats(report, mesh):
+  found = report[f"collectives {mesh}"]
+  least = eight.SMALLEST // eight.MESHES[mesh][2]
+  assert len(found) > 10
+  for operation, dtype, elements in found:
+    assert dtype not in FLOATS or elements < least, (operation, elements)
+  codes = [n for operation, dtype, n in found
+           if (operation, dtype) == ("all-gather", "u8") and n >= least // 2]
+  # Seven weights, in the forward and again in the backward pass.
+  assert len(codes) >= 14
+
+
+def test_loading_in_parts(report):
+  result = report["loading"]
+  assert result["fingerprints"][0] == result["fingerprints"][1]
+  assert not result["unequal"]  # Codes and scales, to the bit.
+  assert not result["astray"] and not result["whole"]
+  # [l, i / 2, o] of 24 x 32 and 40 x 24: along model by 2, the other by 2.
+  assert result["codes"] == {"q_proj": [2, 6, 16], "down_proj": [2, 10, 12]}
+
+
+def test_a_random_base_in_parts(report):
+  assert report["loading"]["random"] <= 1e-6
+  assert not report["loading"]["random astray"]
+
+
+def test_evaluating_and_generating_on_a_mesh(report):
+  one, mesh = report["evaluation"]["one"], report["evaluation"]["mesh"]
+  np.testing.assert_allclose(mesh["nll"], one["nll"], rtol=1e-5)
+  assert mesh["weight"] == one["weight"] and len(one["nll"]) == 7
+  assert mesh["tokens"] == one["tokens"]
+  assert {len(x) for x in one["tokens"]} == {6}
 
 
 def test_sizes_that_do_not_fit_are_named():
@@ -52,37 +99,3 @@ def test_sizes_that_do_not_fit_are_named():
     mesh_lib.make(mesh_lib.MeshConfig(data=3), jax.devices()[:1])
   with pytest.raises(errors.UsageError, match="use -1 for one of them"):
     mesh_lib.make(mesh_lib.MeshConfig(data=-1, fsdp=-1), jax.devices()[:1])
-
-
-def main() -> None:
-  from tests.adapters import test_contract as contract
-
-  found = {}
-  for case, names in CASES.items():
-    base, tree = contract.randomised(*case.split())
-    trainable, frozen = adapters_lib.split(tree)
-    data = jax.tree.map(
-        lambda x: np.concatenate([x] * 4)[None], contract.batch())
-    key = jax.random.key(0)
-    value, grads = contract.gradient(trainable, frozen, base, data, key)
-    cases = found[case] = {}
-    for name in names:
-      mesh = mesh_lib.make(mesh_lib.MeshConfig(*MESHES[name]))
-      placed = [sharding.put(mesh, x) for x in (trainable, frozen, base)]
-      cut = sum(not x.sharding.is_fully_replicated
-                for x in jax.tree.leaves(placed))
-      other, other_grads = contract.gradient(
-          *placed, mesh_lib.put_batch(mesh, data), key)
-      theirs = trees.paths(other_grads)
-      cases[name] = {
-          "cut": cut,
-          "loss": abs(float(other - value)) / abs(float(value)),
-          "grads": {
-              p: float(np.linalg.norm(np.asarray(g) - np.asarray(theirs[p]))
-                       / np.linalg.norm(g))
-              for p, g in trees.paths(grads).items()}}
-  print(json.dumps(found))
-
-
-if __name__ == "__main__":
-  main()
