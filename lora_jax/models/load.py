@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 import functools
 import hashlib
+import itertools
 import pathlib
 from typing import Any, NamedTuple, Protocol
 
@@ -135,41 +136,49 @@ def convert(
   _check(source, spec, skip)
   digests: list[str] = []
   leaves: dict[tuple[str, str], types.Tree] = {}
-  for slot in hf.slots(config):
-    quantised = slot.linear and slot.target not in skip
-    how = spec if quantised and spec and spec.format != "none" else None
-    leaves[slot.target, slot.leaf] = _leaf(
-        source, slot, how, jnp.dtype(dtype), digests)
+  chosen = spec if spec and spec.format != "none" else None
+  for target, parts in hf.groups(config):
+    hows = [chosen if slot.linear and slot.target not in skip else None
+            for slot in parts]
+    found = _group(source, target, parts, hows, jnp.dtype(dtype), digests)
+    leaves |= {(slot.target, slot.leaf): leaf
+               for slot, leaf in zip(parts, found, strict=True)}
   fingerprint = hashlib.sha256("\n".join(sorted(digests)).encode())
   base = init.assemble(config, leaves)
   return LoadedBase(config, base, fingerprint.hexdigest(), source.label)
 
 
-def _leaf(source, slot, spec, dtype, digests) -> types.Tree:
-  """One slot of the base, stacked if it is one a layer."""
-  if not slot.stacked:
-    raw = _read(source, hf.hf_name(None, slot.target, slot.leaf), slot,
-                digests)
-    return jax.block_until_ready(
-        _convert(raw, spec=spec, dtype=dtype, transpose=slot.linear))
-  stack = None
+def _group(source, target, parts, specs, dtype, digests) -> list[types.Tree]:
+  """The slots of one tensor (a layer), stacked if there is one a layer."""
+  ends = list(itertools.accumulate(slot.shape[0] for slot in parts))
+  leaf, shape = parts[0].leaf, hf.joined_shape(parts)
+
+  def read(layer):
+    raw = _read(source, hf.hf_name(layer, target, leaf), shape, digests)
+    return [
+        _convert(raw, spec=spec, dtype=dtype, transpose=slot.linear,
+                 rows=(end - slot.shape[0], end))
+        for slot, spec, end in zip(parts, specs, ends, strict=True)]
+
+  if not parts[0].stacked:
+    return jax.block_until_ready(read(None))
+  stacks: types.Tree = None
   for layer in range(source.config.n_layers):
-    raw = _read(source, hf.hf_name(layer, slot.target, slot.leaf), slot,
-                digests)
-    one = _convert(raw, spec=spec, dtype=dtype, transpose=slot.linear)
-    del raw
-    if stack is None:
-      stack = jax.tree.map(
+    ones = read(layer)
+    if stacks is None:
+      stacks = jax.tree.map(
           lambda x: jnp.zeros((source.config.n_layers, *x.shape), x.dtype),
-          one)
+          ones)
     # Waiting keeps the next tensor from being read while this one is held.
-    stack = jax.block_until_ready(_put(stack, one, layer))
-  return stack
+    stacks = jax.block_until_ready(_put(stacks, ones, layer))
+  return stacks
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "dtype", "transpose"))
-def _convert(raw, *, spec, dtype, transpose):
-  array = raw.T if transpose else raw
+@functools.partial(
+    jax.jit, static_argnames=("spec", "dtype", "transpose", "rows"))
+def _convert(raw, *, spec, dtype, transpose, rows):
+  array = raw[slice(*rows)]
+  array = array.T if transpose else array
   return array.astype(dtype) if spec is None else quant.quantize(array, spec)
 
 
@@ -180,14 +189,14 @@ def _put(stack, one, layer):
           whole, x, layer, 0), stack, one)
 
 
-def _read(source, name, slot, digests) -> jax.Array:
+def _read(source, name, wanted, digests) -> jax.Array:
   """The tensor on the device, its digest noted."""
   tensor = source.read(name)
   shape = tensor.array.shape
-  if shape != slot.shape:
+  if shape != wanted:
     raise errors.UserError(
         f"{source.label}: {name} has shape {list(shape)}, but the config asks "
-        f"for {list(slot.shape)}; the two belong to different models")
+        f"for {list(wanted)}; the two belong to different models")
   content = hashlib.sha256(tensor.raw).hexdigest()
   digests.append(f"{name} {tensor.dtype} {list(shape)} {content}")
   # Waiting lets the host's copy go before the conversion allocates.
