@@ -81,9 +81,35 @@ def _interleaved_groups(config, base):
 def _without(target):
   def edit(config, base):
     layers = dict(base.layers)
-    layers[target] = jnp.ones_like(layers[target])
+    layers[target] = jnp.full_like(layers[target], 1 - config.norm_offset)
     return config, base.replace(layers=layers)
   return edit
+
+
+def _local_rope(**changes):
+  def edit(config, base):
+    changed = dataclasses.replace(config.local_rope, **changes)
+    assert changed != config.local_rope
+    return dataclasses.replace(config, local_rope=changed), base
+  return edit
+
+
+GEMMA = dict(head_dim=16, sliding_window=5, query_pre_attn_scalar=10)
+# What every Gemma has, switched off or changed.
+GEMMA_SWITCHES = {
+    "head": _untied, "offset": _config(norm_offset=0),
+    "embed_scale": _config(embed_scale=None),
+    "scale": _config(query_pre_attn_scalar=None),
+    "activation": _config(activation="silu"),
+    "window": _config(sliding_window=None),
+    "width": _config(sliding_window=6),
+    **{name: _without(name) for name in (
+        "input_layernorm", "post_attention_layernorm",
+        "pre_feedforward_layernorm", "post_feedforward_layernorm")},
+}
+LONGROPE = dict(
+    rope_type="longrope", rope_theta=1000.0, partial_rotary_factor=0.75,
+    short_factor=[1.0, 1.5, 2.5], long_factor=[2.0, 4.0, 7.0])
 
 
 # name: (model_type, options, what each switch changes).
@@ -163,6 +189,67 @@ CASES = {
         "qwen3", dict(head_dim=16, max_position_embeddings=64,
                       rope_parameters=dict(YARN, attention_factor=1.5)),
         {"attention_factor": _rope(attention_factor=None)}),
+    "gemma2": (
+        "gemma2", dict(GEMMA, attn_logit_softcapping=3.0,
+                       final_logit_softcapping=3.0),
+        GEMMA_SWITCHES | {
+            "attn_softcap": _config(attn_softcap=None),
+            "final_softcap": _config(final_softcap=None),
+            "which": _config(window_layers=(False, True, False))}),
+    "gemma2 biases, no caps, own head, layer_types": (
+        "gemma2", dict(GEMMA, attn_logit_softcapping=None,
+                       final_logit_softcapping=None, attention_bias=True,
+                       tie_word_embeddings=False,
+                       layer_types=["full_attention", "full_attention",
+                                    "sliding_attention"]),
+        {"q": _no_bias("q_proj"), "o": _no_bias("o_proj"), "head": _tied,
+         "attn_softcap": _config(attn_softcap=2.0),
+         "which": _config(window_layers=(True, False, True))}),
+    "gemma3": (
+        "gemma3_text", dict(GEMMA, sliding_window_pattern=2,
+                            rope_parameters=dict(
+                                full_attention=dict(
+                                    rope_type="linear", rope_theta=1000.0,
+                                    factor=4.0),
+                                sliding_attention=dict(
+                                    rope_type="default", rope_theta=20.0))),
+        GEMMA_SWITCHES | {
+            "qk_norm": _config(qk_norm=False), "q_norm": _without("q_norm"),
+            "k_norm": _without("k_norm"), "type": _rope(type="default"),
+            "factor": _rope(factor=2.0), "theta": _rope(theta=20.0),
+            "local_theta": _local_rope(theta=1000.0),
+            "local_rope": _config(local_rope=None),
+            "which": _config(window_layers=(False, True, False))}),
+    "gemma3 with caps": (
+        "gemma3_text", dict(GEMMA, final_logit_softcapping=3.0,
+                            sliding_window_pattern=3),
+        {"final_softcap": _config(final_softcap=None),
+         "which": _config(window_layers=(True, False, True))}),
+    "phi3": (
+        "phi3", dict(sliding_window=5, pad_token_id=0),
+        {"grouping": _interleaved_groups, "head": _tied,
+         "window": _config(sliding_window=None),
+         "activation": _config(activation="gelu_tanh")}),
+    "phi3 longrope, within the context": (
+        "phi3", dict(pad_token_id=0, rope_parameters=LONGROPE,
+                     max_position_embeddings=256, tie_word_embeddings=True,
+                     original_max_position_embeddings=LENGTH),
+        {"type": _rope(type="default", theta=1000.0),
+         "short_factor": _rope(short_factor=(1.0, 1.5, 2.0)),
+         "factor": _rope(factor=1.0), "head": _untied,
+         "original": _rope(original_max_position=LENGTH - 1)}),
+    "phi3 longrope, beyond it, attention_factor": (
+        "phi3", dict(pad_token_id=0, max_position_embeddings=256,
+                     rope_parameters=dict(LONGROPE, attention_factor=1.4),
+                     original_max_position_embeddings=LENGTH - 1),
+        {"long_factor": _rope(long_factor=(2.0, 4.0, 5.0)),
+         "attention_factor": _rope(attention_factor=None),
+         "original": _rope(original_max_position=LENGTH)}),
+    "phi3 partial, no scaling": (
+        "phi3", dict(pad_token_id=0, rope_parameters=dict(
+            rope_type="default", rope_theta=100.0,
+            partial_rotary_factor=0.5)),
+        {"partial": _rope(partial=1.0), "less": _rope(partial=0.25)}),
 }
 
 
@@ -177,13 +264,15 @@ def reference_model(model_type, options):
       if "norm" in name:
         # QK-norm undoes the gain of q_proj and k_proj: put it here.
         gain = 1.5 if "q_norm" in name or "k_norm" in name else 1.0
-        p.copy_(gain * (1 + 0.3 * torch.randn(p.shape)))
+        p.copy_(gain * (1 + 0.3 * torch.randn(p.shape))
+                - float("gemma" in model_type))
       elif name.endswith("bias"):
         p.copy_(0.5 * torch.randn(p.shape))
       elif "embed" in name:
         p.copy_(torch.randn(p.shape))
       else:
-        gain = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
+        gain = 1.5 if any(
+            part in name for part in ("q_proj", "k_proj", "qkv_proj")) else 1.0
         p.copy_(gain * torch.randn(p.shape) * p.shape[1] ** -0.5)
   return model
 
