@@ -133,15 +133,15 @@ def groups(
 
 
 def fused_modules(
-    config: config_lib.ModelConfig) -> dict[str, tuple[str, ...]]:
-  """Paths of the projections in each fused module, by its own path.
+    config: config_lib.ModelConfig) -> dict[str, dict[str, int]]:
+  """Outputs of the projections in each fused module, by path.
 
-  `{"model.layers.0.self_attn.qkv_proj": ("model.layers.0.self_attn.q_proj",
-  ...), ...}`; empty unless `config.fused`.
+  `{"model.layers.0.self_attn.qkv_proj": {"model.layers.0.self_attn.q_proj":
+  3072, ...}, ...}`; empty unless `config.fused`.
   """
   return {
-      hf_name(layer, target, ""): tuple(
-          hf_name(layer, slot.target, "") for slot in parts)
+      hf_name(layer, target, ""): {
+          hf_name(layer, slot.target, ""): slot.shape[0] for slot in parts}
       for target, parts in groups(config) if target in FUSED
       for layer in range(config.n_layers)}
 

@@ -15,6 +15,7 @@ from lora_jax import adapters as adapters_lib
 from lora_jax import errors
 from lora_jax import trees
 from lora_jax.export import peft as peft_export
+from lora_jax.models import hf
 from lora_jax.models import init
 from tests import tiny
 
@@ -50,6 +51,21 @@ CASES = {
         "qwen2", dataclasses.replace(
             LORA, method="dora", targets=("embed_tokens", "v_proj")),
         dict(use_dora=True, target_modules=["embed_tokens", "v_proj"])),
+    "scaled embeddings": (
+        "gemma2", dataclasses.replace(
+            LORA, targets=("embed_tokens", "v_proj")),
+        dict(target_modules=["embed_tokens", "v_proj"])),
+    "fused": ("phi3", LORA, {}),
+    "fused dora": ("phi3", dataclasses.replace(LORA, method="dora"),
+                   dict(use_dora=True)),
+    "fused rslora, patterns": (
+        "phi3", dataclasses.replace(
+            LORA, method="rslora", alpha=1.0,
+            rank_pattern={"[qkv]_proj": 4, r"layers\.1\.mlp\..*": 5},
+            alpha_pattern={"down_proj": 2.0, "[qkv]_proj": 3.0}),
+        dict(use_rslora=True, lora_alpha=1,
+             rank_pattern={"qkv_proj": 4, r"layers\.1\.mlp\..*": 5},
+             alpha_pattern={"down_proj": 2.0, "qkv_proj": 3.0})),
 }
 
 
@@ -72,11 +88,13 @@ def _logits(config, base, adapters):
 def _write(folder, config, adapters, block, **kwargs):
   paths = _paths(config)
   content = peft_export.peft_config(block, adapters, paths, "some/base")
-  peft_export.write(folder, adapters, content, paths, **kwargs)
+  peft_export.write(folder, adapters, content, paths,
+                    fused=hf.fused_modules(config), **kwargs)
 
 
 def _read(folder, config):
-  return peft_export.read(folder, _paths(config), tiny.shapes(config))
+  return peft_export.read(folder, _paths(config), tiny.shapes(config),
+                          hf.fused_modules(config))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -150,7 +168,8 @@ def test_save_load_save_is_byte_identical(case, tmp_path):
   loaded = _read(tmp_path / "a", config)
   assert loaded.fingerprint == "abc"
   peft_export.write(tmp_path / "b", loaded.adapters, loaded.peft_config,
-                    _paths(config), loaded.fingerprint)
+                    _paths(config), loaded.fingerprint,
+                    hf.fused_modules(config))
   names = sorted(p.name for p in (tmp_path / "a").iterdir())
   assert names == [peft_export.CONFIG, peft_export.WEIGHTS]
   for name in names:

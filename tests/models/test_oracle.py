@@ -8,8 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
+from lora_jax import adapters as adapters_lib
+from lora_jax import errors
+from lora_jax.adapters import lora
 from lora_jax.models import decoder
+from lora_jax.models import hf
 from lora_jax.models import load
 from lora_jax.models import registry
 from tests.models import tiny
@@ -320,8 +325,12 @@ def test_config_survives_the_way_back(case, tmp_path):
   assert registry.from_hf(read) == config
 
 
-def test_bfloat16_rounds_no_worse_than_transformers():
-  model = reference_model("qwen3", dict(head_dim=16)).to(torch.bfloat16)
+@pytest.mark.parametrize("family, options", [
+    ("qwen3", dict(head_dim=16)),
+    ("gemma2", dict(GEMMA, attn_logit_softcapping=3.0)),
+], ids=["qwen3", "gemma2"])
+def test_bfloat16_rounds_no_worse_than_transformers(family, options):
+  model = reference_model(family, options).to(torch.bfloat16)
   tokens = np.random.default_rng(4).integers(0, 97, (2, LENGTH))
   with torch.no_grad():
     theirs = model(torch.tensor(tokens)).logits.float().numpy()
@@ -338,6 +347,88 @@ def test_bfloat16_rounds_no_worse_than_transformers():
   ours_off, theirs_off = (
       np.sqrt(np.mean((x - exact) ** 2)) for x in (rounded, theirs))
   assert 0 < ours_off < 1.5 * theirs_off
+
+
+def test_gradients_through_caps_and_norms_equal_autograd():
+  """Of a LoRA on each projection of Gemma 2, beside frozen weights."""
+  model = reference_model("gemma2", dict(
+      GEMMA, attn_logit_softcapping=3.0, final_logit_softcapping=8.0))
+  config = registry.from_hf(model.config.to_dict())
+  base = _base_of(model, config)
+  rng = np.random.default_rng(5)
+  tokens = rng.integers(0, 97, (2, 12))
+  weight = rng.normal(size=(2, 12, 97)).astype(np.float32)
+  positions = jnp.broadcast_to(jnp.arange(12), tokens.shape)
+  draw = lambda *shape: 0.3 * rng.normal(size=shape).astype(np.float32)
+  shapes = {name: part.weight.shape[1:] for name, part in base.layers.items()
+            if isinstance(part, decoder.Linear)}
+  factors = {name: (draw(3, i, 2), draw(3, 2, o))
+             for name, (i, o) in shapes.items()}
+
+  @jax.jit
+  def loss(factors):
+    ones = jnp.ones(3)
+    tree = adapters_lib.Adapters(layers={
+        name: lora.LoRA(a=a, b=b, scale=ones, rate=0 * ones,
+                        rank=jnp.full(3, 2))
+        for name, (a, b) in factors.items()})
+    return (tiny.logits(config, base, jnp.asarray(tokens), positions,
+                        jnp.ones_like(positions), tree) * weight).sum()
+
+  ours = jax.grad(loss)(factors)
+  model.requires_grad_(False)
+  theirs = {}
+  for name, pair in factors.items():
+    theirs[name] = [torch.tensor(x, requires_grad=True) for x in pair]
+    for i, block in enumerate(model.model.layers):
+      path = hf.MODULES[name]
+      linear = block.get_submodule(path)
+      a, b = (x[i] for x in theirs[name])
+      linear.forward = lambda x, w=linear.weight, a=a, b=b: (
+          x @ w.T + x @ a @ b)
+  out = model(torch.tensor(tokens)).logits
+  (out * torch.tensor(weight)).sum().backward()
+  for name, pair in ours.items():
+    for mine, other in zip(pair, theirs[name], strict=True):
+      assert float(jnp.abs(mine).max()) > 1e-2
+      assert tiny.distance(mine, other.grad.numpy()) <= 5e-5, name
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", None])
+def test_the_text_model_of_a_multimodal_checkpoint(prefix, tmp_path):
+  torch.manual_seed(0)
+  text = {**SHAPE, **GEMMA, "rope_parameters": None,
+          "num_hidden_layers": 2, "model_type": "gemma3_text"}
+  text.pop("attn_implementation")
+  config = transformers.Gemma3Config(
+      text_config=text, mm_tokens_per_image=1, eos_token_id=[1, 7],
+      image_token_index=96, boi_token_index=95, eoi_token_index=94,
+      vision_config=dict(
+          model_type="siglip_vision_model", hidden_size=8, image_size=4,
+          intermediate_size=8, num_attention_heads=1, num_hidden_layers=1,
+          patch_size=2))
+  model = transformers.Gemma3ForConditionalGeneration(config).eval()
+  model.save_pretrained(tmp_path)
+  file = tmp_path / "model.safetensors"
+  named = safetensors.numpy.load_file(file)
+  assert any(name.startswith("vision_tower.") for name in named)
+  assert not any(name.startswith("model.norm") for name in named)
+  if prefix:  # As the model itself, and some checkpoints, name them.
+    named = {
+        prefix + name.removeprefix("language_model.model.")
+        if name.startswith("language_model.") else f"model.{name}": value
+        for name, value in named.items()}
+    safetensors.numpy.save_file(named, file)
+  found, base, _, _ = load.load(tmp_path)
+  assert found.family == "gemma3_text" and found.eos_ids == (1, 7)
+  tokens = np.random.default_rng(3).integers(0, 90, (2, 12))
+  with torch.no_grad():
+    theirs = model(torch.tensor(tokens)).logits.numpy()
+  assert tiny.distance(ours(found, base, tokens), theirs) <= 2e-5
+  named["audio.weight"] = named[min(named)]
+  safetensors.numpy.save_file(named, file)
+  with pytest.raises(errors.UserError, match=r"audio\.weight is not of"):
+    load.load(tmp_path)
 
 
 def _base_of(model, config):

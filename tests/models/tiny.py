@@ -42,7 +42,9 @@ CONFIGS = {
         rope=config_lib.RopeConfig(type="linear", theta=1e6, factor=8.0),
         local_rope=config_lib.RopeConfig(theta=100.0)),
     "phi3": config_lib.ModelConfig(
-        family="phi3", **_SHAPE, fused=True, sliding_window=7,
+        # Its class in transformers takes e for d / h.
+        family="phi3", **_SHAPE | dict(d_model=32), fused=True,
+        sliding_window=7,
         # Every sequence of the tests is beyond the original context.
         rope=config_lib.RopeConfig(
             type="longrope", factor=8.0, original_max_position=2,
