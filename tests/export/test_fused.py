@@ -124,7 +124,7 @@ def test_blocks_that_peft_trained_further_are_whole():
 
 def test_refused():
   dora = _part(Q, 2, magnitude=True) | _part(K, 2, magnitude=True)
-  with pytest.raises(errors.UserError, match="v_proj is not adapted.*--form"):
+  with pytest.raises(errors.UserError, match=r"v_proj is not.*--format=hf"):
     fused.join(dora, CONFIG, FUSED, PATHS)
   other = _part(Q, 2) | {f"{fused.PREFIX}{Q}.lora_E": np.ones(2)}
   with pytest.raises(errors.UserError, match=r"lora_E cannot.*--format=hf"):
