@@ -160,7 +160,8 @@ def write(
       tensors(adapters, paths), config, fused or {}, paths)
   metadata |= more
   named = dict(sorted(named.items()))
-  text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+  # Patterns keep their order: the first that matches a module counts.
+  text = json.dumps(dict(sorted(config.items())), indent=2) + "\n"
   with folders.replaced(pathlib.Path(folder), CONFIG) as fresh:
     tensors_lib.write(
         fresh / WEIGHTS, {name: x.shape for name, x in named.items()},

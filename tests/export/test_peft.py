@@ -206,6 +206,18 @@ def test_peft_config_names_modules():
   assert found["lora_alpha"] == 6 and isinstance(found["lora_alpha"], int)
 
 
+def test_the_first_pattern_that_matches_counts(tmp_path):
+  config, base = _model("llama")
+  block = dataclasses.replace(
+      LORA, rank_pattern={"q_proj": 2, r".*_proj": 4},
+      alpha_pattern={"q_proj": 1.0, r".*_proj": 8.0})
+  adapters = tiny.random_adapters(config, base, block)
+  _write(tmp_path / "a", config, adapters, block)
+  loaded = _read(tmp_path / "a", config).adapters
+  np.testing.assert_array_equal(loaded.layers["q_proj"].scale, [0.5, 0.5])
+  np.testing.assert_array_equal(loaded.layers["k_proj"].scale, [2.0, 2.0])
+
+
 def test_methods_without_a_counterpart(tmp_path):
   config, _ = _model("llama")
   block = adapters_lib.AdapterConfig(method="full")
