@@ -147,7 +147,7 @@ def tables(
   inverse, scale = ROPES[rope.type](rope, dim)
   turns: types.Array | np.ndarray = inverse
   if rope.type == "longrope":
-    length = (_lengths(positions, segment_ids) if capacity is None
+    length = (_lengths(jnp.asarray(positions), segment_ids) if capacity is None
               else jnp.asarray(capacity))
     turns = jnp.where((length > rope.original_max_position)[..., None],
                       longrope(rope, dim, beyond=True)[0], inverse)

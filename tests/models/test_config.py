@@ -131,6 +131,10 @@ def test_names_of_tensors():
     config_lib.RopeConfig("yarn", 1e6, 4.0, 32768),
     config_lib.RopeConfig("yarn", 1e4, 40.0, 4096, mscale=0.7,
                           mscale_all_dim=1.0, truncate=False),
+    config_lib.RopeConfig(
+        "longrope", 1e4, 32.0, 4096,
+        short_factor=tuple(1 + i / 64 for i in range(64)),
+        long_factor=tuple(1 + i for i in range(64))),
 ], ids=lambda c: c.type)
 def test_frequencies_equal_transformers(config):
   torch = pytest.importorskip("torch")
