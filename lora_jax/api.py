@@ -119,7 +119,8 @@ class Model:
       errors.UserError: if it cannot be read, or belongs to another base.
     """
     loaded = peft.read(
-        pathlib.Path(folder), self.paths, module_shapes(self.config))
+        pathlib.Path(folder), self.paths, module_shapes(self.config),
+        hf.fused_modules(self.config))
     if loaded.fingerprint not in (None, self.fingerprint):
       raise errors.UserError(
           f"{folder}: the adapter was trained on a base with fingerprint "
@@ -269,7 +270,7 @@ class Model:
     config = self.peft_config or peft.peft_config(
         self.adapter_config, self.adapters, self.paths, self.source)
     peft.write(pathlib.Path(folder), self.adapters, config, self.paths,
-               self.fingerprint)
+               self.fingerprint, hf.fused_modules(self.config))
 
   def save_merged(
       self, folder: str | pathlib.Path, dtype: str = "float32") -> None:

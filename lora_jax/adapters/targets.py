@@ -13,6 +13,9 @@ PRESETS = {
     "all-linear": ATTENTION + MLP,
     "attention": ATTENTION,
     "mlp": MLP,
+    # What some checkpoints, and PEFT's recipes for them, hold as one.
+    "qkv_proj": ATTENTION[:3],
+    "gate_up_proj": MLP[:2],
 }
 
 
@@ -25,7 +28,7 @@ def select(
 
   `targets` is one of
     - a preset: `all-linear` (every projection but the head, as in PEFT),
-      `attention`, `mlp`;
+      `attention`, `mlp`, `qkv_proj`, `gate_up_proj`;
     - names or dotted suffixes, as a list or separated by commas:
       `q_proj,v_proj`, `self_attn.q_proj`, `embed_tokens`;
     - any other string: a regular expression for the full path, e.g.

@@ -60,7 +60,7 @@ def merged(
 
   Returns:
     The architecture, and (Hugging Face's name, array in its `[o, i]` layout)
-    in the order of `hf.slots`, made one at a time.
+    in the order of `hf.names`, made one at a time.
 
   Raises:
     errors.UserError: if a weight is too large for `dtype`, or not finite
@@ -77,25 +77,31 @@ def merged(
 
 
 def _tensors(model, base, adapters, dtype):
-  for slot in hf.slots(model):
-    holder = (base.layers[slot.target] if slot.stacked
-              else getattr(base, slot.target))
-    linear = isinstance(holder, decoder.Linear)
-    leaf = getattr(holder, slot.leaf) if linear else holder
-    adapter = None
-    if slot.leaf == "weight":
-      where = adapters.layers if slot.stacked else adapters.outer
-      adapter = where.get(slot.target)
-    for layer in range(model.n_layers) if slot.stacked else (None,):
-      value, finite = _merge(
-          leaf, adapter, layer, dtype=dtype, transpose=slot.linear)
-      name = hf.hf_name(layer, slot.target, slot.leaf)
-      if not finite:
-        raise errors.UserError(
-            f"{name}: the merged weight is not finite in {dtype}; use "
-            "--dtype=bfloat16 or float32, or an earlier checkpoint if it is "
-            "not finite there either")
-      yield name, mesh_lib.fetch(value)
+  for target, parts in hf.groups(model):
+    pairs = [_pair(base, adapters, slot) for slot in parts]
+    for layer in range(model.n_layers) if parts[0].stacked else (None,):
+      name = hf.hf_name(layer, target, parts[0].leaf)
+      values = []
+      for slot, (leaf, adapter) in zip(parts, pairs, strict=True):
+        value, finite = _merge(
+            leaf, adapter, layer, dtype=dtype, transpose=slot.linear)
+        if not finite:
+          raise errors.UserError(
+              f"{name}: the merged weight is not finite in {dtype}; use "
+              "--dtype=bfloat16 or float32, or an earlier checkpoint if it is "
+              "not finite there either")
+        values.append(mesh_lib.fetch(value))
+      yield name, np.concatenate(values) if len(values) > 1 else values[0]
+
+
+def _pair(base, adapters, slot):
+  """A slot's leaf, and the adapter beside it or None."""
+  holder = (base.layers[slot.target] if slot.stacked
+            else getattr(base, slot.target))
+  linear = isinstance(holder, decoder.Linear)
+  where = adapters.layers if slot.stacked else adapters.outer
+  return (getattr(holder, slot.leaf) if linear else holder,
+          where.get(slot.target) if slot.leaf == "weight" else None)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "transpose"))
@@ -184,7 +190,7 @@ def plan(
 
 def _write_weights(folder, shapes, tensors, dtype, shard_bytes) -> None:
   itemsize = jnp.dtype(dtype).itemsize
-  # `hf.names` and the tensors have one order, that of `hf.slots`.
+  # `hf.names` and the tensors have one order, that of `hf.groups`.
   shards = plan(shapes, itemsize, shard_bytes)
   where: dict[str, str] = {}
   for i, names in enumerate(shards, 1):

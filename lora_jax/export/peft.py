@@ -28,6 +28,7 @@ from lora_jax.adapters import base as base_lib
 from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import registry
 from lora_jax.export import folders
+from lora_jax.export import fused as fused_lib
 from lora_jax.export import tensors as tensors_lib
 
 PREFIX = "base_model.model."
@@ -135,6 +136,7 @@ def write(
     config: Mapping[str, Any],
     paths: Mapping[str, Sequence[str]],
     fingerprint: str | None = None,
+    fused: fused_lib.Fused | None = None,
 ) -> None:
   """Writes an adapter folder; a folder that is there is replaced whole.
 
@@ -144,6 +146,7 @@ def write(
     config: `adapter_config.json`, from `peft_config` or `Loaded`.
     paths: module paths by target.
     fingerprint: of the base, kept in the file's metadata.
+    fused: modules that transformers has in place of several of `paths`.
 
   Raises:
     errors.UserError: if the method has no PEFT counterpart, or the disk is
@@ -158,8 +161,12 @@ def write(
   adapters = jax.tree.map(mesh_lib.fetch, adapters)
   if not processes.writes():
     return
-  named = dict(sorted(tensors(adapters, paths).items()))
-  text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+  named, config, more = fused_lib.join(
+      tensors(adapters, paths), config, fused or {}, paths)
+  metadata |= more
+  named = dict(sorted(named.items()))
+  # Patterns keep their order: the first that matches a module counts.
+  text = json.dumps(dict(sorted(config.items())), indent=2) + "\n"
   with folders.replaced(pathlib.Path(folder), CONFIG) as fresh:
     tensors_lib.write(
         fresh / WEIGHTS, {name: x.shape for name, x in named.items()},
@@ -171,6 +178,7 @@ def read(
     folder: pathlib.Path,
     paths: Mapping[str, Sequence[str]],
     shapes: Mapping[str, tuple[int, int]],
+    fused: fused_lib.Fused | None = None,
 ) -> Loaded:
   """Reads an adapter folder for a model.
 
@@ -178,6 +186,7 @@ def read(
     folder: holds `adapter_config.json` and `adapter_model.safetensors`.
     paths: module paths of the model by target.
     shapes: `(in, out)` of each target.
+    fused: see `write`.
 
   Returns:
     The adapter.
@@ -188,7 +197,9 @@ def read(
   """
   config = _read_config(folder)
   method = _method(config, folder)
-  named, fingerprint = _read_tensors(folder)
+  named, metadata = _read_tensors(folder)
+  named, config = fused_lib.split(
+      named, config, fused or {}, paths, metadata, str(folder / WEIGHTS))
   modules = _by_module(named, paths, shapes, folder)
   row = registry.METHODS[method]
   assert row.adapter is not None  # `_method` chose among those with one.
@@ -222,7 +233,7 @@ def read(
       rank_pattern=config.get("rank_pattern") or {}, alpha_pattern=alphas)
   tree = jax.tree.map(
       jax.numpy.asarray, base_lib.Adapters(layers=layers, outer=outer))
-  return Loaded(adapter_config, tree, config, fingerprint)
+  return Loaded(adapter_config, tree, config, metadata.get(FINGERPRINT))
 
 
 def _ranks(adapters) -> dict[str, list[int]]:
@@ -271,7 +282,7 @@ def _method(config, folder) -> str:
   return "rslora" if config.get("use_rslora") else "lora"
 
 
-def _read_tensors(folder) -> tuple[dict[str, np.ndarray], str | None]:
+def _read_tensors(folder) -> tuple[dict[str, np.ndarray], dict[str, str]]:
   path = folder / WEIGHTS
   if not path.exists():
     pickled = folder / "adapter_model.bin"
@@ -287,7 +298,7 @@ def _read_tensors(folder) -> tuple[dict[str, np.ndarray], str | None]:
     raise errors.UserError(
         f"{path} is damaged ({str(error).splitlines()[0]}); copy or save the "
         "adapter again") from None
-  return named, metadata.get(FINGERPRINT)
+  return named, metadata
 
 
 def _by_module(named, paths, shapes, folder):

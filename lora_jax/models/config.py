@@ -5,6 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+# A window beyond any position, and far from int32's end.
+UNLIMITED = 2**30
+# Hugging Face's name of each of `layers.ACTIVATIONS`.
+HF_ACTIVATIONS = {
+    "silu": "silu", "gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu"}
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
@@ -14,16 +20,20 @@ class RopeConfig:
   them a type reads is said in `rope.py`.
 
   Attributes:
-    type: "default", "linear", "llama3" or "yarn".
+    type: "default", "linear", "llama3", "yarn" or "longrope".
     theta: base of the geometric series of wavelengths.
     factor: how many times the context was extended.
     original_max_position: context length before the extension, in tokens.
     low_freq_factor, high_freq_factor: llama3's band, in turns per context.
     beta_fast, beta_slow: YaRN's band, in turns per context.
-    attention_factor: YaRN's multiplier of cos and sin; None derives it.
+    attention_factor: YaRN's and LongRoPE's multiplier of cos and sin; None
+      derives it.
     mscale, mscale_all_dim: YaRN's (DeepSeek's) numerator and denominator of
       the derived multiplier; None or 0 for the paper's rule.
     truncate: whether YaRN rounds its band to whole dimensions.
+    partial: share of each head's dimensions, the first ones, that is rotated.
+    short_factor, long_factor: LongRoPE's divisors of each frequency, for
+      sequences within the original context and beyond it.
   """
 
   type: str = "default"
@@ -38,13 +48,22 @@ class RopeConfig:
   mscale: float | None = None
   mscale_all_dim: float | None = None
   truncate: bool = True
+  partial: float = 1.0
+  short_factor: tuple[float, ...] = ()
+  long_factor: tuple[float, ...] = ()
+
+  def rotary_dim(self, head_dim: int) -> int:
+    """How many of a head's e dimensions are rotated."""
+    return int(head_dim * self.partial)
 
   def to_hf(self) -> dict[str, Any]:
     """`rope_parameters` of transformers 5."""
     hf: dict[str, Any] = {"rope_type": self.type, "rope_theta": self.theta}
+    if self.partial != 1:
+      hf["partial_rotary_factor"] = self.partial
     if self.type != "default":
       hf["factor"] = self.factor
-    if self.type in ("llama3", "yarn"):
+    if self.type in ("llama3", "yarn", "longrope"):
       hf["original_max_position_embeddings"] = self.original_max_position
     if self.type == "llama3":
       hf["low_freq_factor"] = self.low_freq_factor
@@ -55,6 +74,11 @@ class RopeConfig:
       given = {"attention_factor": self.attention_factor,
                "mscale": self.mscale, "mscale_all_dim": self.mscale_all_dim}
       hf |= {k: v for k, v in given.items() if v is not None}
+    if self.type == "longrope":
+      hf |= {"short_factor": list(self.short_factor),
+             "long_factor": list(self.long_factor)}
+      if self.attention_factor is not None:
+        hf["attention_factor"] = self.attention_factor
     return hf
 
 
@@ -67,7 +91,19 @@ class ModelConfig:
     vocab_size, d_model, d_ff, n_layers: v, d, f, l of the glossary.
     n_heads, n_kv_heads, head_dim: h, k, e.
     norm_eps: epsilon of every RMSNorm.
+    norm_offset: 1 if norms scale by 1 + weight, in float32 (Gemma), else 0.
+    post_norms: whether attention's and the MLP's outputs are normed too,
+      before they are added to the residual stream (Gemma 2 and 3).
+    activation: of the gate, a key of `layers.ACTIVATIONS`.
+    embed_scale: multiplies the embeddings; None is 1.
+    query_pre_attn_scalar: attention scores are divided by its square root;
+      None is e.
+    attn_softcap, final_softcap: c of c tanh(x / c), on attention scores and
+      on logits; None is no cap.
     rope: position embedding.
+    local_rope: that of the layers with a window; None is `rope`.
+    fused: whether checkpoints hold q, k and v, and gate and up, as one
+      matrix each (Phi-3); see `hf.FUSED`.
     tie_embeddings: the head is the embedding, transposed.
     qkv_bias, o_bias, mlp_bias: which projections have a bias.
     qk_norm: RMSNorm over `e` of queries and keys, before RoPE (Qwen3).
@@ -87,7 +123,16 @@ class ModelConfig:
   n_kv_heads: int
   head_dim: int
   norm_eps: float = 1e-6
+  norm_offset: int = 0
+  post_norms: bool = False
+  activation: str = "silu"
+  embed_scale: float | None = None
+  query_pre_attn_scalar: int | None = None
+  attn_softcap: float | None = None
+  final_softcap: float | None = None
   rope: RopeConfig = RopeConfig()
+  local_rope: RopeConfig | None = None
+  fused: bool = False
   tie_embeddings: bool = False
   qkv_bias: bool = False
   o_bias: bool = False
@@ -106,16 +151,21 @@ class ModelConfig:
     used = self.window_layers or (True,) * self.n_layers
     if not any(used):
       return None
-    # Beyond any position, and far from int32's end.
-    return tuple(self.sliding_window if u else 2**30 for u in used)
+    return tuple(self.sliding_window if u else UNLIMITED for u in used)
+
+  @property
+  def attn_scale(self) -> float | None:
+    """Multiplier of attention scores; None is 1 / sqrt(e)."""
+    scalar = self.query_pre_attn_scalar
+    return None if scalar is None else scalar**-0.5
 
   def to_hf(self) -> dict[str, Any]:
     """`config.json` of the same model, for transformers 4 and 5."""
     rope = self.rope.to_hf()
-    scaled = {k: v for k, v in rope.items() if k != "rope_theta"}
+    name = self.family.removesuffix("_text").capitalize()
     hf: dict[str, Any] = {
         "model_type": self.family,
-        "architectures": [f"{self.family.capitalize()}ForCausalLM"],
+        "architectures": [f"{name}ForCausalLM"],
         "vocab_size": self.vocab_size,
         "hidden_size": self.d_model,
         "intermediate_size": self.d_ff,
@@ -123,12 +173,12 @@ class ModelConfig:
         "num_attention_heads": self.n_heads,
         "num_key_value_heads": self.n_kv_heads,
         "head_dim": self.head_dim,
-        "hidden_act": "silu",
+        "hidden_act": HF_ACTIVATIONS[self.activation],
         "rms_norm_eps": self.norm_eps,
         "rope_parameters": rope,
         # transformers 4 reads these two, and 5 accepts them.
         "rope_theta": self.rope.theta,
-        "rope_scaling": None if self.rope.type == "default" else scaled,
+        "rope_scaling": self._rope_scaling(rope),
         "max_position_embeddings": self.max_position,
         "tie_word_embeddings": self.tie_embeddings,
         "attention_bias": self.o_bias,
@@ -137,12 +187,42 @@ class ModelConfig:
         "use_sliding_window": self.sliding_window is not None,
         "bos_token_id": _ids(self.bos_ids),
         "eos_token_id": _ids(self.eos_ids),
+        # Phi-3's class has one of its own vocabulary where this is absent.
+        "pad_token_id": None,
     }
     if self.window_layers is not None:
       hf["layer_types"] = [
           "sliding_attention" if used else "full_attention"
           for used in self.window_layers]
+    if self.rope.partial != 1:
+      hf["partial_rotary_factor"] = self.rope.partial
+    if self.rope.type == "longrope":
+      hf["original_max_position_embeddings"] = self.rope.original_max_position
+    if self.post_norms:  # Where absent, Gemma's classes have other values.
+      hf |= {"hidden_activation": hf["hidden_act"],
+             "query_pre_attn_scalar": self.query_pre_attn_scalar,
+             "attn_logit_softcapping": self.attn_softcap,
+             "final_logit_softcapping": self.final_softcap}
+    if self.local_rope is not None:
+      hf |= {"rope_parameters": {"full_attention": rope,
+                                 "sliding_attention": self.local_rope.to_hf()},
+             "rope_local_base_freq": self.local_rope.theta}
     return hf
+
+  def _rope_scaling(self, rope: dict[str, Any]) -> dict[str, Any] | None:
+    """transformers 4's part of `RopeConfig.to_hf`."""
+    if self.rope.type == "default":
+      return None
+    scaled = {k: v for k, v in rope.items()
+              if k not in ("rope_theta", "partial_rotary_factor")}
+    if self.rope.type != "longrope":
+      return scaled
+    # Phi-3's class takes these three, and derives the rest, or refuses.
+    derived = self.max_position / self.rope.original_max_position
+    known = {"original_max_position_embeddings", "rope_type"} | (
+        {"factor"} if self.rope.factor == derived else set())
+    return {"type": self.rope.type} | {
+        k: v for k, v in scaled.items() if k not in known}
 
 
 def _ids(ids: tuple[int, ...]) -> int | list[int] | None:

@@ -2,8 +2,11 @@
 
   h = E[tokens]
   per layer:  a = h + o_proj(attention(q, k, v)),  q, k, v of norm(h)
-              h = a + down_proj(silu(gate_proj(x)) * up_proj(x)), x = norm(a)
+              h = a + down_proj(act(gate_proj(x)) * up_proj(x)), x = norm(a)
   logits = head(norm(h))
+
+With `post_norms`, what is added to h and to a is normed first. Options are
+static: one that a model does not use is not in its program.
 
 The layers are stacked and scanned over together with their adapters; every
 projection is one call of `adapters.project`.
@@ -56,8 +59,9 @@ class Base:
     embed_tokens: `[v, d]`.
     layers: by Hugging Face's module name without parents: `Linear`s for
       q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, and
-      arrays for input_layernorm, post_attention_layernorm `[l, d]`, q_norm,
-      k_norm `[l, e]` (if `config.qk_norm`).
+      arrays for input_layernorm, post_attention_layernorm `[l, d]`,
+      pre_feedforward_layernorm, post_feedforward_layernorm `[l, d]` (if
+      `config.post_norms`), q_norm, k_norm `[l, e]` (if `config.qk_norm`).
     norm: `[d]`, before the head.
     lm_head: a `Linear` `[d, v]`, or None if it is the embedding transposed.
   """
@@ -73,10 +77,12 @@ class Context:
   """What all layers of one pass share; see `layers.attention`.
 
   Attributes:
-    cos, sin: `[b, t, e/2]` float32.
+    cos, sin: `[b, t, p/2]` float32; see `rope.tables`.
     q_positions, q_segments: `[b, t]`.
     kv_positions, kv_segments: `[b, s]`; s is t without a cache.
     slots: `[b, t]`, where in the cache the tokens go, or None.
+    local: cos and sin of the layers with a window, or None if they are the
+      same.
   """
 
   cos: types.Array
@@ -86,6 +92,7 @@ class Context:
   kv_positions: types.Array
   kv_segments: types.Array
   slots: types.Array | None = None
+  local: tuple[types.Array, types.Array] | None = None
 
 
 def layer(
@@ -119,16 +126,22 @@ def layer(
     draw = None if noise is None else noise.for_target(name)
     return _linear(x, weights[name], adapters.get(name), draw)
 
+  def norm(x, name):
+    return layers_lib.rms_norm(
+        x, weights[name], config.norm_eps, config.norm_offset)
+
   def heads(x, name, norm_name):
     y = project(x, name).reshape(b, t, -1, config.head_dim)
-    if config.qk_norm and norm_name:
-      y = layers_lib.rms_norm(y, weights[norm_name], config.norm_eps)
-    return y
+    return norm(y, norm_name) if config.qk_norm and norm_name else y
 
-  x = layers_lib.rms_norm(
-      hidden, weights["input_layernorm"], config.norm_eps)
-  q = rope.rotate(heads(x, "q_proj", "q_norm"), context.cos, context.sin)
-  k = rope.rotate(heads(x, "k_proj", "k_norm"), context.cos, context.sin)
+  cos, sin = context.cos, context.sin
+  if context.local is not None and window is not None:
+    local = window < config_lib.UNLIMITED
+    cos, sin = (jnp.where(local, near, far) for near, far in zip(
+        context.local, (cos, sin), strict=True))
+  x = norm(hidden, "input_layernorm")
+  q = rope.rotate(heads(x, "q_proj", "q_norm"), cos, sin)
+  k = rope.rotate(heads(x, "k_proj", "k_norm"), cos, sin)
   v = heads(x, "v_proj", None)
   q, k, v = _name(q, "q"), _name(k, "k"), _name(v, "v")
   if cached is not None and context.slots is not None:
@@ -136,14 +149,21 @@ def layer(
     k, v = (c.astype(q.dtype) for c in cached)
   o = layers_lib.attention(
       q, k, v, context.q_positions, context.kv_positions,
-      context.q_segments, context.kv_segments, window)
-  o = _name(o.reshape(b, t, -1), "o")
-  mid = _name(hidden + project(o, "o_proj"), "mid")
-  x = layers_lib.rms_norm(
-      mid, weights["post_attention_layernorm"], config.norm_eps)
+      context.q_segments, context.kv_segments, window,
+      scale=config.attn_scale, softcap=config.attn_softcap)
+  o = project(_name(o.reshape(b, t, -1), "o"), "o_proj")
+  if config.post_norms:
+    o = norm(_name(o, "o_out"), "post_attention_layernorm")
+  mid = _name(hidden + o, "mid")
+  x = norm(mid, "pre_feedforward_layernorm" if config.post_norms
+           else "post_attention_layernorm")
   gate = _name(project(x, "gate_proj"), "gate")
   up = _name(project(x, "up_proj"), "up")
-  return mid + project(jax.nn.silu(gate) * up, "down_proj"), cached
+  activate = layers_lib.ACTIVATIONS[config.activation]
+  out = project(activate(gate) * up, "down_proj")
+  if config.post_norms:
+    out = norm(_name(out, "down_out"), "post_feedforward_layernorm")
+  return mid + out, cached
 
 
 def forward(
@@ -187,10 +207,19 @@ def forward(
   else:
     cache, slots = cache_lib.extend(cache, positions, segment_ids)
     kv_positions, kv_segments = cache.positions, cache.segment_ids
-  cos, sin = rope.tables(config.rope, config.head_dim, positions)
+  windows = config.windows()
+  capacity = None if cache is None else kv_positions.shape[1]
+
+  def turns(which):
+    return rope.tables(
+        which, config.head_dim, positions, segment_ids, capacity)
+
+  cos, sin = turns(config.rope)
+  local = windows is not None and config.local_rope
   context = Context(
       cos=cos, sin=sin, q_positions=positions, q_segments=segment_ids,
-      kv_positions=kv_positions, kv_segments=kv_segments, slots=slots)
+      kv_positions=kv_positions, kv_segments=kv_segments, slots=slots,
+      local=turns(local) if local else None)
 
   def body(hidden, xs):
     index, weights, layer_adapters, window, cached = xs
@@ -201,7 +230,6 @@ def forward(
         config, context, hidden, weights, layer_adapters, draw, window, cached)
     return sharding.rows(mesh, hidden), cached
 
-  windows = config.windows()
   xs = (
       jnp.arange(config.n_layers, dtype=jnp.int32),
       base.layers,
@@ -213,12 +241,16 @@ def forward(
   # up is less than the table.
   hidden = sharding.rows(
       mesh, _embed(base, adapters, tokens, dtype), "requests", None, "model")
+  if config.embed_scale is not None:
+    # transformers rounds it too: 55.5 for sqrt(3072) in bfloat16.
+    hidden = hidden * jnp.asarray(config.embed_scale, dtype)
   hidden, cached = jax.lax.scan(
       remat_lib.wrap(body, remat, sharding.gathers(mesh)),
       sharding.rows(mesh, hidden), xs)
   if cache is not None:
     cache = dataclasses.replace(cache, k=cached[0], v=cached[1])
-  return layers_lib.rms_norm(hidden, base.norm, config.norm_eps), cache
+  return layers_lib.rms_norm(
+      hidden, base.norm, config.norm_eps, config.norm_offset), cache
 
 
 def unembed(
@@ -245,7 +277,8 @@ def unembed(
     head = Linear(weight=base.embed_tokens.T)
   draw = None if noise is None else noise.for_target("lm_head")
   logits = _linear(hidden, head, adapters.outer.get("lm_head"), draw)
-  return logits.astype(jnp.float32)
+  return layers_lib.soft_cap(
+      logits.astype(jnp.float32), config.final_softcap)
 
 
 def head_parts(

@@ -15,6 +15,7 @@ import numpy as np
 from lora_jax import errors
 from lora_jax.models import hf
 from lora_jax.models import registry
+from lora_jax.models.families import in_gguf
 
 # Architectures whose converter permutes the rows of q and k.
 PERMUTED = ("llama",)
@@ -63,6 +64,7 @@ class File:
     hf_config = _config(arch, fields, stored, self.label)
     self.config = registry.from_hf(hf_config, self.label)
     self._permuted = arch in PERMUTED
+    self._raised = arch in in_gguf.GEMMA
     name_map = gguf.get_tensor_name_map(
         gguf.MODEL_ARCH[arch.upper()], self.config.n_layers)
     self.tensors = {}
@@ -94,6 +96,8 @@ class File:
           f"{self.label}: {name} is of type {kind.name}, which the gguf "
           "package cannot dequantise; give a Q4_0 to Q8_0, K-quant, F16 or "
           "F32 file") from None
+    if self._raised and name.endswith("norm.weight"):
+      array = array - np.float32(1)
     if self._permuted and ".self_attn.q_proj." in name:
       array = unpermute(array, self.config.n_heads)
     if self._permuted and ".self_attn.k_proj." in name:
@@ -139,13 +143,14 @@ def _config(
           f"{arch}.rope.scaling.original_context_length")}
   if scaling["rope_type"] != "none":
     config["rope_scaling"] = scaling
-  config["model_type"] = arch
-  # A file that says nothing of a window has none, whatever the family.
-  config["sliding_window"] = fields.get(f"{arch}.attention.sliding_window")
+  # A file that says nothing of a window has none, unless it is Gemma's.
+  window = fields.get(f"{arch}.attention.sliding_window")
+  if window is not None or arch not in in_gguf.GEMMA:
+    config["sliding_window"] = window
   config["tie_word_embeddings"] = "output.weight" not in stored
   config["attention_bias"] = "blk.0.attn_q.bias" in stored
   config["mlp_bias"] = "blk.0.ffn_up.bias" in stored
   for token in ("bos", "eos"):
     config[f"{token}_token_id"] = fields.get(
         f"tokenizer.ggml.{token}_token_id")
-  return config
+  return config | in_gguf.config(arch, fields, stored)

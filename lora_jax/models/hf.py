@@ -1,12 +1,13 @@
 """Hugging Face folders: names of tensors, reading, and names for writing.
 
 All families share Llama's module names; `slots` is the one table of what a
-model holds, used to read, to check and to write.
+model holds, used to read, to check and to write. Some checkpoints hold
+several projections as one tensor; `groups` says which.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import dataclasses
 import json
 import operator
@@ -33,15 +34,26 @@ MODULES: dict[str, str] = {
     "q_norm": "self_attn.q_norm",
     "k_norm": "self_attn.k_norm",
     "post_attention_layernorm": "post_attention_layernorm",
+    "pre_feedforward_layernorm": "pre_feedforward_layernorm",
     "gate_proj": "mlp.gate_proj",
     "up_proj": "mlp.up_proj",
     "down_proj": "mlp.down_proj",
+    "post_feedforward_layernorm": "post_feedforward_layernorm",
+}
+# Where `config.fused`: name -> (module path, the targets whose rows it holds,
+# one after the other).
+FUSED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "qkv_proj": ("self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj")),
+    "gate_up_proj": ("mlp.gate_up_proj", ("gate_proj", "up_proj")),
 }
 OUTER: dict[str, str] = {
     "embed_tokens": "model.embed_tokens",
     "norm": "model.norm",
     "lm_head": "lm_head",
 }
+# First parts of the names that a multimodal checkpoint has besides its text
+# model's.
+VISION = ("vision_tower.", "multi_modal_projector.")
 DTYPES = ("F32", "BF16", "F16")
 INDEX = "model.safetensors.index.json"
 
@@ -71,6 +83,8 @@ def slots(config: config_lib.ModelConfig) -> list[Slot]:
       config.d_model, config.d_ff, config.vocab_size, config.head_dim)
   queries, keys = config.n_heads * e, config.n_kv_heads * e
   norms = {"input_layernorm": d, "post_attention_layernorm": d}
+  if config.post_norms:
+    norms |= {"pre_feedforward_layernorm": d, "post_feedforward_layernorm": d}
   if config.qk_norm:
     norms |= {"q_norm": e, "k_norm": e}
   linears = {
@@ -98,27 +112,68 @@ def slots(config: config_lib.ModelConfig) -> list[Slot]:
   return found
 
 
+def groups(
+    config: config_lib.ModelConfig) -> list[tuple[str, tuple[Slot, ...]]]:
+  """The slots by the tensor that a checkpoint keeps them in.
+
+  Args:
+    config: the model.
+
+  Returns:
+    (target, its slots), in the order of `slots`: a slot by itself under its
+    own target, or those of a key of `FUSED`, whose tensor has their rows one
+    after the other.
+  """
+  holder = {target: name for name, (_, targets) in FUSED.items()
+            for target in targets} if config.fused else {}
+  found: dict[tuple[str, str], tuple[Slot, ...]] = {}
+  for slot in slots(config):
+    key = (holder.get(slot.target, slot.target), slot.leaf)
+    found[key] = (*found.get(key, ()), slot)
+  return [(target, parts) for (target, _), parts in found.items()]
+
+
+def fused_modules(
+    config: config_lib.ModelConfig) -> dict[str, dict[str, int]]:
+  """Outputs of the projections in each fused module, by path.
+
+  `{"model.layers.0.self_attn.qkv_proj": {"model.layers.0.self_attn.q_proj":
+  3072, ...}, ...}`; empty unless `config.fused`.
+  """
+  return {
+      hf_name(layer, target, ""): {
+          hf_name(layer, slot.target, ""): slot.shape[0] for slot in parts}
+      for target, parts in groups(config) if target in FUSED
+      for layer in range(config.n_layers)}
+
+
 def hf_name(layer: int | None, target: str, leaf: str = "weight") -> str:
   """`(3, "q_proj") -> "model.layers.3.self_attn.q_proj.weight"`.
 
   Args:
     layer: index, or None for `embed_tokens`, `norm` and `lm_head`.
-    target: a key of `MODULES`, or of `OUTER`.
+    target: a key of `MODULES`, `FUSED`, or of `OUTER`.
     leaf: "weight" or "bias"; "" gives the module's path.
   """
   if layer is None:
     module = OUTER[target]
   else:
-    module = f"model.layers.{layer}.{MODULES[target]}"
+    path = FUSED[target][0] if target in FUSED else MODULES[target]
+    module = f"model.layers.{layer}.{path}"
   return f"{module}.{leaf}" if leaf else module
 
 
 def names(config: config_lib.ModelConfig) -> dict[str, tuple[int, ...]]:
   """Shape of every tensor of a model's checkpoint, by Hugging Face's name."""
   return {
-      hf_name(layer, slot.target, slot.leaf): slot.shape
-      for slot in slots(config)
-      for layer in (range(config.n_layers) if slot.stacked else (None,))}
+      hf_name(layer, target, parts[0].leaf): joined_shape(parts)
+      for target, parts in groups(config)
+      for layer in (range(config.n_layers) if parts[0].stacked else (None,))}
+
+
+def joined_shape(parts: tuple[Slot, ...]) -> tuple[int, ...]:
+  """Shape of a group's tensor in Hugging Face's file."""
+  return (sum(slot.shape[0] for slot in parts), *parts[0].shape[1:])
 
 
 def state(
@@ -132,21 +187,21 @@ def state(
     dtype: of the tensors given.
 
   Yields:
-    (name, array) in the order of `slots`.
+    (name, array) in the order of `names`.
   """
-  for slot in slots(config):
-    holder = (base.layers[slot.target] if slot.stacked
-              else getattr(base, slot.target))
-    leaf = getattr(holder, slot.leaf) if hasattr(holder, slot.leaf) else holder
-    if not slot.stacked:
-      yield hf_name(None, slot.target, slot.leaf), _plain(leaf, slot, dtype)
-      continue
-    for layer in range(config.n_layers):
-      one = jax.tree.map(operator.itemgetter(layer), leaf)
-      yield hf_name(layer, slot.target, slot.leaf), _plain(one, slot, dtype)
+  for target, parts in groups(config):
+    for layer in range(config.n_layers) if parts[0].stacked else (None,):
+      arrays = [_plain(base, slot, layer, dtype) for slot in parts]
+      yield hf_name(layer, target, parts[0].leaf), (
+          np.concatenate(arrays) if len(arrays) > 1 else arrays[0])
 
 
-def _plain(leaf, slot: Slot, dtype) -> np.ndarray:
+def _plain(base, slot: Slot, layer: int | None, dtype) -> np.ndarray:
+  holder = (base.layers[slot.target] if slot.stacked
+            else getattr(base, slot.target))
+  leaf = getattr(holder, slot.leaf) if hasattr(holder, slot.leaf) else holder
+  if layer is not None:
+    leaf = jax.tree.map(operator.itemgetter(layer), leaf)
   array = mesh_lib.fetch(quant.dequantize(leaf, dtype))
   return np.ascontiguousarray(array.T) if slot.linear else array
 
@@ -172,7 +227,8 @@ class Folder:
   Attributes:
     config: the model's.
     label: what messages call it.
-    tensors: file of each tensor, by name.
+    tensors: file of each tensor, by the name that it has in a model of text
+      alone.
   """
 
   def __init__(self, path: pathlib.Path):
@@ -183,8 +239,12 @@ class Folder:
     """
     self.label = str(path)
     file = path / "config.json"
-    self.config = registry.from_hf(_json(file), str(file))
-    self.tensors = _index(path)
+    content = _json(file)
+    self.config = registry.from_hf(content, str(file))
+    files = _index(path)
+    self._stored = (text_names(files) if "text_config" in content
+                    else dict(zip(files, files, strict=True)))
+    self.tensors = {name: files[old] for name, old in self._stored.items()}
 
   def read(self, name: str) -> Tensor:
     """One tensor; the file is open, and mapped, for this call only.
@@ -194,7 +254,7 @@ class Folder:
     """
     import safetensors
 
-    file = self.tensors[name]
+    file, name = self.tensors[name], self._stored[name]
     try:
       with safetensors.safe_open(file, framework="np") as handle:
         if name not in set(handle.keys()):
@@ -210,6 +270,26 @@ class Folder:
     except (OSError, safetensors.SafetensorError) as error:
       raise errors.UserError(_broken(file, error)) from None
     return Tensor(dtype, array.reshape(-1).view(np.uint8), array)
+
+
+def text_names(names: Iterable[str]) -> dict[str, str]:
+  """Names of a multimodal checkpoint's tensors by those of its text model.
+
+  `{"model.norm.weight": "language_model.model.norm.weight", ...}`; those of
+  the vision tower and its projector are left out.
+  """
+  found = {}
+  for name in names:
+    bare = name.removeprefix("model.")
+    if bare.startswith(VISION):
+      continue
+    text = name
+    if bare.startswith("language_model."):
+      text = bare.removeprefix("language_model.")
+      if not text.startswith(("model.", "lm_head.")):
+        text = f"model.{text}"
+    found[text] = name
+  return found
 
 
 def _index(path: pathlib.Path) -> dict[str, pathlib.Path]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 import functools
 import hashlib
+import itertools
 import pathlib
 from typing import Any, NamedTuple, Protocol
 
@@ -149,67 +150,83 @@ def convert(
   _check(source, spec, skip)
   digests: list[str] = []
   leaves: dict[tuple[str, str], types.Tree] = {}
-  for slot in hf.slots(config):
-    quantised = slot.linear and slot.target not in skip
-    how = spec if quantised and spec and spec.format != "none" else None
-    leaves[slot.target, slot.leaf] = _leaf(
-        source, slot, how, jnp.dtype(dtype), digests, mesh)
+  chosen = spec if spec and spec.format != "none" else None
+  for target, parts in hf.groups(config):
+    hows = [chosen if slot.linear and slot.target not in skip else None
+            for slot in parts]
+    found = _group(
+        source, target, parts, hows, jnp.dtype(dtype), digests, mesh)
+    leaves |= {(slot.target, slot.leaf): leaf
+               for slot, leaf in zip(parts, found, strict=True)}
   fingerprint = hashlib.sha256("\n".join(sorted(digests)).encode())
   base = init.assemble(config, leaves)
   return LoadedBase(config, base, fingerprint.hexdigest(), source.label)
 
 
-def _leaf(source, slot, spec, dtype, digests, mesh) -> types.Tree:
-  """One slot of the base, stacked if it is one a layer."""
-  if not slot.stacked:
-    one = _one(source, None, slot, spec, dtype, digests)
-    return jax.block_until_ready(_scattered(mesh, slot, one))
-  stack = None
-  for layer in range(source.config.n_layers):
-    one = _one(source, layer, slot, spec, dtype, digests)
-    if stack is None:
-      stack = _allocated(mesh, slot, one, source.config.n_layers)
+def _group(source, target, parts, specs, dtype, digests, mesh
+           ) -> list[types.Tree]:
+  """The slots of one tensor (a layer), stacked if there is one a layer."""
+  read = functools.partial(
+      _ones, source, target, parts, specs, dtype, digests)
+  if not parts[0].stacked:
+    return jax.block_until_ready(_scattered(mesh, parts, read(None)))
+  depth = source.config.n_layers
+  stacks: types.Tree = None
+  for layer in range(depth):
+    ones = read(layer)
+    if stacks is None:
+      stacks = _allocated(mesh, parts, ones, depth)
     # Waiting keeps the next tensor from being read while this one is held.
-    stack = jax.block_until_ready(
-        _put(stack, _scattered(mesh, slot, one), layer))
-  return stack
+    stacks = jax.block_until_ready(
+        _put(stacks, _scattered(mesh, parts, ones), layer))
+  return stacks
 
 
-def _one(source, layer, slot, spec, dtype, digests) -> types.Tree:
-  """One tensor of the base, whole, on one device of this process."""
-  raw = _read(
-      source, hf.hf_name(layer, slot.target, slot.leaf), slot, digests)
-  return _convert(raw, spec=spec, dtype=dtype, transpose=slot.linear)
+def _ones(source, target, parts, specs, dtype, digests, layer
+          ) -> list[types.Tree]:
+  """The slots of one tensor, whole, on one device of this process."""
+  ends = list(itertools.accumulate(slot.shape[0] for slot in parts))
+  raw = _read(source, hf.hf_name(layer, target, parts[0].leaf),
+              hf.joined_shape(parts), digests)
+  return [
+      _convert(raw, spec=spec, dtype=dtype, transpose=slot.linear,
+               rows=(end - slot.shape[0], end))
+      for slot, spec, end in zip(parts, specs, ends, strict=True)]
 
 
-def _scattered(mesh, slot, one) -> types.Tree:
-  """The tensor cut into its parts."""
+def _scattered(mesh, parts, ones) -> list[types.Tree]:
+  """The tensors cut into their parts."""
   if mesh is None:
-    return one
-  return jax.tree.map(mesh_lib.place, one, _homes(mesh, slot, one))
+    return ones
+  return jax.tree.map(mesh_lib.place, ones, _homes(mesh, parts, ones))
 
 
-def _allocated(mesh, slot, one, depth) -> types.Tree:
-  """Zeros for `depth` tensors like this one, in parts from the start."""
-  stack = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct((depth, *x.shape), x.dtype), one)
-  zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stack)
+def _allocated(mesh, parts, ones, depth) -> list[types.Tree]:
+  """Zeros for `depth` tensors like these, in parts from the start."""
+  stacks = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct((depth, *x.shape), x.dtype), ones)
+  zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stacks)
   if mesh is None:
     return zeros()
-  return jax.jit(zeros, out_shardings=_homes(mesh, slot, stack))()
+  return jax.jit(zeros, out_shardings=_homes(mesh, parts, stacks))()
 
 
-def _homes(mesh, slot, tree) -> types.Tree:
-  """Where the leaves of a slot's value, or stack of values, live."""
-  logical: tuple[str, ...] = ("in", "out") if len(slot.shape) == 2 else ()
-  if slot.leaf == "bias":
-    logical = ("out",)
-  return sharding.shardings(mesh, tree, target=slot.target, axes=logical)
+def _homes(mesh, parts, trees) -> list[types.Tree]:
+  """Where the leaves of slots' values, or stacks of values, live."""
+  def one(slot, tree):
+    logical: tuple[str, ...] = ("in", "out") if len(slot.shape) == 2 else ()
+    if slot.leaf == "bias":
+      logical = ("out",)
+    return sharding.shardings(mesh, tree, target=slot.target, axes=logical)
+
+  return [one(slot, tree) for slot, tree in zip(parts, trees, strict=True)]
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "dtype", "transpose"))
-def _convert(raw, *, spec, dtype, transpose):
-  array = raw.T if transpose else raw
+@functools.partial(
+    jax.jit, static_argnames=("spec", "dtype", "transpose", "rows"))
+def _convert(raw, *, spec, dtype, transpose, rows):
+  array = raw[slice(*rows)]
+  array = array.T if transpose else array
   return array.astype(dtype) if spec is None else quant.quantize(array, spec)
 
 
@@ -220,14 +237,14 @@ def _put(stack, one, layer):
           whole, x, layer, 0), stack, one)
 
 
-def _read(source, name, slot, digests) -> jax.Array:
+def _read(source, name, wanted, digests) -> jax.Array:
   """The tensor on the device, its digest noted."""
   tensor = source.read(name)
   shape = tensor.array.shape
-  if shape != slot.shape:
+  if shape != wanted:
     raise errors.UserError(
         f"{source.label}: {name} has shape {list(shape)}, but the config asks "
-        f"for {list(slot.shape)}; the two belong to different models")
+        f"for {list(wanted)}; the two belong to different models")
   content = hashlib.sha256(tensor.raw).hexdigest()
   digests.append(f"{name} {tensor.dtype} {list(shape)} {content}")
   # Waiting lets the host's copy go before the conversion allocates.

@@ -12,8 +12,11 @@ from typing import Any
 
 from lora_jax import errors
 from lora_jax.models import config as config_lib
+from lora_jax.models.families import gemma2
+from lora_jax.models.families import gemma3
 from lora_jax.models.families import llama
 from lora_jax.models.families import mistral
+from lora_jax.models.families import phi3
 from lora_jax.models.families import qwen2
 from lora_jax.models.families import qwen3
 
@@ -22,6 +25,10 @@ FAMILIES: dict[str, Callable[..., config_lib.ModelConfig]] = {
     "mistral": mistral.from_hf,
     "qwen2": qwen2.from_hf,
     "qwen3": qwen3.from_hf,
+    "gemma2": gemma2.from_hf,
+    "gemma3_text": gemma3.from_hf,
+    "gemma3": gemma3.from_multimodal,
+    "phi3": phi3.from_hf,
 }
 
 

@@ -16,8 +16,9 @@ from typing import Any
 import jax
 
 # q, k (after RoPE), v, o: attention output; mid: residual stream after
-# attention; gate, up: MLP pre-activations.
-NAMES = ("q", "k", "v", "o", "mid", "gate", "up")
+# attention; gate, up: MLP pre-activations; o_out, down_out: outputs of o_proj
+# and down_proj, where a norm reads them.
+NAMES = ("q", "k", "v", "o", "mid", "gate", "up", "o_out", "down_out")
 
 def _all_but_gathered(primitive, *unused, **parameters) -> bool:
   return primitive.name != "sharding_constraint"

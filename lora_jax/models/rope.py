@@ -90,50 +90,101 @@ def yarn(rope: config_lib.RopeConfig, head_dim: int) -> Frequencies:
   return inverse.astype(np.float32), float(scale)
 
 
+def longrope(
+    rope: config_lib.RopeConfig, head_dim: int, beyond: bool = False
+) -> Frequencies:
+  """LongRoPE (2402.13753), section 3: a divisor for every frequency.
+
+  `beyond` takes those of sequences longer than the original context.
+  """
+  divisors = np.asarray(
+      rope.long_factor if beyond else rope.short_factor, np.float32)
+  inverse = np.float32(1) / (divisors * _base(rope, head_dim))
+  if rope.attention_factor is not None:
+    scale = rope.attention_factor
+  elif rope.factor <= 1:
+    scale = 1.0
+  else:
+    scale = math.sqrt(
+        1 + math.log(rope.factor) / math.log(rope.original_max_position))
+  return inverse, float(scale)
+
+
 ROPES: dict[str, Callable[[config_lib.RopeConfig, int], Frequencies]] = {
     "default": default,
     "linear": linear,
     "llama3": llama3,
     "yarn": yarn,
+    "longrope": longrope,
 }
 
 
 def tables(
-    rope: config_lib.RopeConfig, head_dim: int, positions: types.Array
+    rope: config_lib.RopeConfig,
+    head_dim: int,
+    positions: types.Array,
+    segment_ids: types.Array | None = None,
+    capacity: int | None = None,
 ) -> tuple[types.Array, types.Array]:
   """Cosines and sines of the rotation.
+
+  LongRoPE rotates a sequence by its length: that of each token's own segment,
+  so that it is the same packed or alone. With a cache it goes by the cache's
+  capacity: keys that are there already could not be rotated anew when a text
+  grows past the original context, and must not be mixed with others.
 
   Args:
     rope: the variant.
     head_dim: e.
     positions: `[b, t]` int.
+    segment_ids: `[b, t]` int, for LongRoPE; None is one segment a row.
+    capacity: tokens that a row's cache holds, for LongRoPE; None without one.
 
   Returns:
-    cos, sin: `[b, t, e/2]` float32.
+    cos, sin: `[b, t, p/2]` float32, with p the rotated dimensions.
   """
-  inverse, scale = ROPES[rope.type](rope, head_dim)
-  angle = positions[..., None].astype(jnp.float32) * inverse
+  dim = rope.rotary_dim(head_dim)
+  inverse, scale = ROPES[rope.type](rope, dim)
+  turns: types.Array | np.ndarray = inverse
+  if rope.type == "longrope":
+    length = (_lengths(jnp.asarray(positions), segment_ids) if capacity is None
+              else jnp.asarray(capacity))
+    turns = jnp.where((length > rope.original_max_position)[..., None],
+                      longrope(rope, dim, beyond=True)[0], inverse)
+  angle = positions[..., None].astype(jnp.float32) * turns
   return (jnp.cos(angle) * np.float32(scale),
           jnp.sin(angle) * np.float32(scale))
+
+
+def _lengths(positions, segment_ids):
+  """Tokens of the segment that each token belongs to, `[b, t]` int."""
+  if segment_ids is None:
+    return positions.max(axis=1, keepdims=True) + 1
+  b, t = positions.shape
+  rows = jnp.arange(b)[:, None]
+  longest = jnp.zeros((b, t + 1), positions.dtype)
+  return longest.at[rows, segment_ids].max(positions)[rows, segment_ids] + 1
 
 
 def rotate(
     x: types.Array, cos: types.Array, sin: types.Array
 ) -> types.Array:
-  """Rotates the pairs (j, j + e/2) of every head.
+  """Rotates the pairs (j, j + p/2) of every head's first p dimensions.
 
   The tables are rounded to `x.dtype` first, as transformers does.
 
   Args:
     x: `[b, t, n, e]` for n heads.
-    cos: `[b, t, e/2]`.
-    sin: `[b, t, e/2]`.
+    cos: `[b, t, p/2]`; p is e unless the rotation is partial.
+    sin: `[b, t, p/2]`.
 
   Returns:
     `[b, t, n, e]`.
   """
   cos = cos.astype(x.dtype)[:, :, None]
   sin = sin.astype(x.dtype)[:, :, None]
-  first, second = jnp.split(x, 2, axis=-1)
+  half = cos.shape[-1]
+  first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
+  turned = [first * cos - second * sin, second * cos + first * sin]
   return jnp.concatenate(
-      [first * cos - second * sin, second * cos + first * sin], axis=-1)
+      turned + ([rest] if rest.shape[-1] else []), axis=-1)

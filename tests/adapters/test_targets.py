@@ -23,6 +23,8 @@ def test_presets():
   assert set(chosen) == {*targets.ATTENTION, *targets.MLP}
   assert all(flags == ALL for flags in chosen.values())
   assert set(targets.select(PATHS, "mlp")) == set(targets.MLP)
+  assert set(targets.select(PATHS, "qkv_proj,gate_up_proj")) == {
+      "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
   both = targets.select(PATHS, ["attention", "up_proj"])
   assert set(both) == {*targets.ATTENTION, "up_proj"}
 

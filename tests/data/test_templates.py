@@ -46,6 +46,28 @@ MARKED = (
     "{% generation %} {{ m.content }}{{ eos_token }}{% endgeneration %}"
     "{% else %} {{ m.content }}\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}")
+# No system role, roles that alternate, "model" for the assistant (Gemma 2).
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}{% if (message['role'] == 'user') != "
+    "(loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must "
+    "alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}"
+    "{% else %}{% set role = message['role'] %}{% endif %}"
+    "{{ '<|im_start|>' + role + '\n' + message['content'] | trim + "
+    "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{'<|im_start|>model\n'}}{% endif %}")
+# A system message is put before the first user's (Gemma 3).
+FOLDS = (
+    "{{ bos_token }}{%- if messages[0]['role'] == 'system' -%}"
+    "{%- set first = messages[0]['content'] + '\n\n' -%}"
+    "{%- set rest = messages[1:] -%}{%- else -%}{%- set first = '' -%}"
+    "{%- set rest = messages -%}{%- endif -%}{%- for m in rest -%}"
+    "{{ '<|im_start|>' + ('model' if m.role == 'assistant' else m.role) + "
+    "'\n' + (first if loop.first else '') }}{{ m.content | trim }}"
+    "{{ '<|im_end|>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}"
+    "{{ '<|im_start|>model\n' }}{%- endif -%}")
 
 TURNS = [
     {"role": "user", "content": "What is 2 + 2?"},
@@ -95,6 +117,8 @@ def _runs(encoded, tokenizer):
     (INST, [" It's 4, naïvely 👍<|im_end|>", " 16\n\n  Done.<|im_end|>"]),
     (THINKING, [" It's 4, naïvely 👍 <|im_end|>",
                 "<think>\n\n</think>\n\n16\n\n  Done.<|im_end|>"]),
+    (GEMMA, ["It's 4, naïvely 👍<|im_end|>", "16\n\n  Done.<|im_end|>"]),
+    (FOLDS, ["It's 4, naïvely 👍<|im_end|>", "16\n\n  Done.<|im_end|>"]),
     (UPPER, [" IT'S 4, NAÏVELY 👍", "16\n\n  DONE."]),
     (MARKED, [" It's 4, naïvely 👍 <|im_end|>".replace(" It", "  It"),
               " 16\n\n  Done.<|im_end|>"]),
@@ -271,6 +295,8 @@ def test_errors(tiny, with_template, monkeypatch):
         r"refuses the messages \(roles: user, assistant, user, assistant\): "
         "roles must alternate; correct")
   fails(TURNS, tiny("{% for m in"), "refuses the messages")
+  fails([{"role": "system", "content": "Be brief."}, *TURNS],
+        with_template(GEMMA), r"roles: system, user.*System role not supp")
   fails(TURNS, with_template(REWRITES), "rewrites assistant message 1")
   half = MARKED.replace("m.role == 'assistant'",
                         "m.role == 'assistant' and loop.last")

@@ -43,6 +43,11 @@ CASES = {
         "qwen3", dataclasses.replace(LORA, targets=("all-linear", "lm_head")),
         "int8"),
     "qwen3 full": ("qwen3", adapters_lib.AdapterConfig(method="full"), None),
+    "gemma2 dora nf4": ("gemma2", DORA, "nf4"),
+    "gemma3_text embeddings adapted": (
+        "gemma3_text", dataclasses.replace(
+            LORA, targets=("all-linear", "embed_tokens")), None),
+    "phi3 rslora patterns": ("phi3", RSLORA, None),
     "mistral none": (
         "mistral", adapters_lib.AdapterConfig(method="none"), None),
 }
@@ -90,7 +95,8 @@ def test_transformers_computes_the_same(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", [
-    "llama dora nf4", "qwen2 tied embeddings adapted", "qwen3 full"])
+    "llama dora nf4", "qwen2 tied embeddings adapted", "qwen3 full",
+    "phi3 rslora patterns"])
 def test_loads_here_again(case, tmp_path):
   config, base, adapters = _model(*CASES[case])
   hf_export.write(tmp_path / "out", config, base, adapters)

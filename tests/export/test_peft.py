@@ -15,6 +15,7 @@ from lora_jax import adapters as adapters_lib
 from lora_jax import errors
 from lora_jax import trees
 from lora_jax.export import peft as peft_export
+from lora_jax.models import hf
 from lora_jax.models import init
 from tests import tiny
 
@@ -50,6 +51,21 @@ CASES = {
         "qwen2", dataclasses.replace(
             LORA, method="dora", targets=("embed_tokens", "v_proj")),
         dict(use_dora=True, target_modules=["embed_tokens", "v_proj"])),
+    "scaled embeddings": (
+        "gemma2", dataclasses.replace(
+            LORA, targets=("embed_tokens", "v_proj")),
+        dict(target_modules=["embed_tokens", "v_proj"])),
+    "fused": ("phi3", LORA, {}),
+    "fused dora": ("phi3", dataclasses.replace(LORA, method="dora"),
+                   dict(use_dora=True)),
+    "fused rslora, patterns": (
+        "phi3", dataclasses.replace(
+            LORA, method="rslora", alpha=1.0,
+            rank_pattern={"[qkv]_proj": 4, r"layers\.1\.mlp\..*": 5},
+            alpha_pattern={"down_proj": 2.0, "[qkv]_proj": 3.0}),
+        dict(use_rslora=True, lora_alpha=1,
+             rank_pattern={"qkv_proj": 4, r"layers\.1\.mlp\..*": 5},
+             alpha_pattern={"down_proj": 2.0, "qkv_proj": 3.0})),
 }
 
 
@@ -72,11 +88,13 @@ def _logits(config, base, adapters):
 def _write(folder, config, adapters, block, **kwargs):
   paths = _paths(config)
   content = peft_export.peft_config(block, adapters, paths, "some/base")
-  peft_export.write(folder, adapters, content, paths, **kwargs)
+  peft_export.write(folder, adapters, content, paths,
+                    fused=hf.fused_modules(config), **kwargs)
 
 
 def _read(folder, config):
-  return peft_export.read(folder, _paths(config), tiny.shapes(config))
+  return peft_export.read(folder, _paths(config), tiny.shapes(config),
+                          hf.fused_modules(config))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -150,7 +168,8 @@ def test_save_load_save_is_byte_identical(case, tmp_path):
   loaded = _read(tmp_path / "a", config)
   assert loaded.fingerprint == "abc"
   peft_export.write(tmp_path / "b", loaded.adapters, loaded.peft_config,
-                    _paths(config), loaded.fingerprint)
+                    _paths(config), loaded.fingerprint,
+                    hf.fused_modules(config))
   names = sorted(p.name for p in (tmp_path / "a").iterdir())
   assert names == [peft_export.CONFIG, peft_export.WEIGHTS]
   for name in names:
@@ -185,6 +204,18 @@ def test_peft_config_names_modules():
   assert found["target_modules"] == [
       "model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj"]
   assert found["lora_alpha"] == 6 and isinstance(found["lora_alpha"], int)
+
+
+def test_the_first_pattern_that_matches_counts(tmp_path):
+  config, base = _model("llama")
+  block = dataclasses.replace(
+      LORA, rank_pattern={"q_proj": 2, r".*_proj": 4},
+      alpha_pattern={"q_proj": 1.0, r".*_proj": 8.0})
+  adapters = tiny.random_adapters(config, base, block)
+  _write(tmp_path / "a", config, adapters, block)
+  loaded = _read(tmp_path / "a", config).adapters
+  np.testing.assert_array_equal(loaded.layers["q_proj"].scale, [0.5, 0.5])
+  np.testing.assert_array_equal(loaded.layers["k_proj"].scale, [2.0, 2.0])
 
 
 def test_methods_without_a_counterpart(tmp_path):

@@ -60,17 +60,34 @@ def test_windows_by_layer():
 
 
 @pytest.mark.parametrize("change, parts", [
-    (dict(hidden_act="gelu"), ['hidden_act="gelu"', "silu"]),
+    (dict(hidden_act="relu"), ['hidden_act="relu"', "silu", "gelu"]),
     (dict(model_type="gemma"), ['"gemma"', "llama, mistral, qwen2, qwen3"]),
     (dict(model_type=None), ["None", "llama"]),
     (dict(rope_scaling=dict(type="dynamic", factor=2.0)),
-     ['"dynamic"', "default, linear, llama3, yarn"]),
-    (dict(rope_parameters=dict(rope_type="longrope")), ['"longrope"']),
+     ['"dynamic"', "default, linear, llama3, yarn, longrope"]),
     (dict(rope_parameters=dict(full_attention=dict(rope_theta=1.0))),
      ["full_attention", "all layers"]),
     (dict(rope_scaling=dict(type="linear")), ["factor is missing"]),
     (dict(rope_scaling=dict(type="linear", factor="x")), ["factor is 'x'"]),
-    (dict(partial_rotary_factor=0.5), ["partial_rotary_factor=0.5", "1.0"]),
+    (dict(partial_rotary_factor=0.4),
+     ["partial_rotary_factor=0.4", "3 of head_dim=8", "even"]),
+    (dict(partial_rotary_factor=1.5), ["rotates 12 of head_dim=8"]),
+    (dict(model_type="phi3", rope_scaling=dict(
+        type="su", short_factor=[1.0] * 3, long_factor=[1.0] * 4)),
+     ["short_factor holds 3 values", "4 positive numbers"]),
+    (dict(model_type="phi3", rope_scaling=dict(
+        type="longrope", short_factor=[1.0] * 4)),
+     ["long_factor holds None"]),
+    (dict(model_type="gemma2", use_bidirectional_attention=True),
+     ["use_bidirectional_attention", "causal"]),
+    (dict(model_type="gemma2", num_key_value_heads=2,
+          layer_types=["full_attention"]), ["1 values", "3 values"]),
+    (dict(model_type="gemma2", query_pre_attn_scalar="x"),
+     ["query_pre_attn_scalar is 'x'"]),
+    (dict(model_type="gemma3_text", num_key_value_heads=2,
+          rope_parameters=dict(rope_theta=1.0)),
+     ['"rope_theta"', "full_attention, sliding_attention"]),
+    (dict(model_type="gemma3"), ["text_config is missing"]),
     (dict(quantization_config=dict(quant_method="gptq")),
      ['"gptq"', "quant.format"]),
     (dict(num_hidden_layers=None), ["num_hidden_layers is missing"]),
@@ -114,6 +131,10 @@ def test_names_of_tensors():
     config_lib.RopeConfig("yarn", 1e6, 4.0, 32768),
     config_lib.RopeConfig("yarn", 1e4, 40.0, 4096, mscale=0.7,
                           mscale_all_dim=1.0, truncate=False),
+    config_lib.RopeConfig(
+        "longrope", 1e4, 32.0, 4096,
+        short_factor=tuple(1 + i / 64 for i in range(64)),
+        long_factor=tuple(1 + i for i in range(64))),
 ], ids=lambda c: c.type)
 def test_frequencies_equal_transformers(config):
   torch = pytest.importorskip("torch")

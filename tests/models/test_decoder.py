@@ -100,14 +100,18 @@ def test_scan_equals_a_loop(model, row, plain):
   @jax.jit
   def loop(base):
     cos, sin = rope.tables(config.rope, config.head_dim, positions)
-    context = decoder.Context(cos, sin, positions, ones, positions, ones)
-    hidden = base.embed_tokens[row]
+    context = decoder.Context(
+        cos, sin, positions, ones, positions, ones,
+        local=config.local_rope and rope.tables(
+            config.local_rope, config.head_dim, positions))
+    hidden = base.embed_tokens[row] * (config.embed_scale or 1)
     windows = config.windows() or (None,) * config.n_layers
     for i in range(config.n_layers):
       weights = jax.tree.map(lambda x: x[i], base.layers)  # noqa: B023
       hidden, _ = decoder.layer(
           config, context, hidden, weights, {}, window=windows[i])
-    hidden = layers.rms_norm(hidden, base.norm, config.norm_eps)
+    hidden = layers.rms_norm(
+        hidden, base.norm, config.norm_eps, config.norm_offset)
     return decoder.unembed(config, base, None, hidden)
 
   assert tiny.distance(loop(base)[0], plain) <= 2e-6

@@ -8,8 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
+from lora_jax import adapters as adapters_lib
+from lora_jax import errors
+from lora_jax.adapters import lora
 from lora_jax.models import decoder
+from lora_jax.models import hf
 from lora_jax.models import load
 from lora_jax.models import registry
 from tests.models import tiny
@@ -81,9 +86,35 @@ def _interleaved_groups(config, base):
 def _without(target):
   def edit(config, base):
     layers = dict(base.layers)
-    layers[target] = jnp.ones_like(layers[target])
+    layers[target] = jnp.full_like(layers[target], 1 - config.norm_offset)
     return config, base.replace(layers=layers)
   return edit
+
+
+def _local_rope(**changes):
+  def edit(config, base):
+    changed = dataclasses.replace(config.local_rope, **changes)
+    assert changed != config.local_rope
+    return dataclasses.replace(config, local_rope=changed), base
+  return edit
+
+
+GEMMA = dict(head_dim=16, sliding_window=5, query_pre_attn_scalar=10)
+# What every Gemma has, switched off or changed.
+GEMMA_SWITCHES = {
+    "head": _untied, "offset": _config(norm_offset=0),
+    "embed_scale": _config(embed_scale=None),
+    "scale": _config(query_pre_attn_scalar=None),
+    "activation": _config(activation="silu"),
+    "window": _config(sliding_window=None),
+    "width": _config(sliding_window=6),
+    **{name: _without(name) for name in (
+        "input_layernorm", "post_attention_layernorm",
+        "pre_feedforward_layernorm", "post_feedforward_layernorm")},
+}
+LONGROPE = dict(
+    rope_type="longrope", rope_theta=1000.0, partial_rotary_factor=0.75,
+    short_factor=[1.0, 1.5, 2.5], long_factor=[2.0, 4.0, 7.0])
 
 
 # name: (model_type, options, what each switch changes).
@@ -163,6 +194,67 @@ CASES = {
         "qwen3", dict(head_dim=16, max_position_embeddings=64,
                       rope_parameters=dict(YARN, attention_factor=1.5)),
         {"attention_factor": _rope(attention_factor=None)}),
+    "gemma2": (
+        "gemma2", dict(GEMMA, attn_logit_softcapping=3.0,
+                       final_logit_softcapping=3.0),
+        GEMMA_SWITCHES | {
+            "attn_softcap": _config(attn_softcap=None),
+            "final_softcap": _config(final_softcap=None),
+            "which": _config(window_layers=(False, True, False))}),
+    "gemma2 biases, no caps, own head, layer_types": (
+        "gemma2", dict(GEMMA, attn_logit_softcapping=None,
+                       final_logit_softcapping=None, attention_bias=True,
+                       tie_word_embeddings=False,
+                       layer_types=["full_attention", "full_attention",
+                                    "sliding_attention"]),
+        {"q": _no_bias("q_proj"), "o": _no_bias("o_proj"), "head": _tied,
+         "attn_softcap": _config(attn_softcap=2.0),
+         "which": _config(window_layers=(True, False, True))}),
+    "gemma3": (
+        "gemma3_text", dict(GEMMA, sliding_window_pattern=2,
+                            rope_parameters=dict(
+                                full_attention=dict(
+                                    rope_type="linear", rope_theta=1000.0,
+                                    factor=4.0),
+                                sliding_attention=dict(
+                                    rope_type="default", rope_theta=20.0))),
+        GEMMA_SWITCHES | {
+            "qk_norm": _config(qk_norm=False), "q_norm": _without("q_norm"),
+            "k_norm": _without("k_norm"), "type": _rope(type="default"),
+            "factor": _rope(factor=2.0), "theta": _rope(theta=20.0),
+            "local_theta": _local_rope(theta=1000.0),
+            "local_rope": _config(local_rope=None),
+            "which": _config(window_layers=(False, True, False))}),
+    "gemma3 with caps": (
+        "gemma3_text", dict(GEMMA, final_logit_softcapping=3.0,
+                            sliding_window_pattern=3),
+        {"final_softcap": _config(final_softcap=None),
+         "which": _config(window_layers=(True, False, True))}),
+    "phi3": (
+        "phi3", dict(sliding_window=5, pad_token_id=0),
+        {"grouping": _interleaved_groups, "head": _tied,
+         "window": _config(sliding_window=None),
+         "activation": _config(activation="gelu_tanh")}),
+    "phi3 longrope, within the context": (
+        "phi3", dict(pad_token_id=0, rope_parameters=LONGROPE,
+                     max_position_embeddings=256, tie_word_embeddings=True,
+                     original_max_position_embeddings=LENGTH),
+        {"type": _rope(type="default", theta=1000.0),
+         "short_factor": _rope(short_factor=(1.0, 1.5, 2.0)),
+         "factor": _rope(factor=1.0), "head": _untied,
+         "original": _rope(original_max_position=LENGTH - 1)}),
+    "phi3 longrope, beyond it, attention_factor": (
+        "phi3", dict(pad_token_id=0, max_position_embeddings=256,
+                     rope_parameters=dict(LONGROPE, attention_factor=1.4),
+                     original_max_position_embeddings=LENGTH - 1),
+        {"long_factor": _rope(long_factor=(2.0, 4.0, 5.0)),
+         "attention_factor": _rope(attention_factor=None),
+         "original": _rope(original_max_position=LENGTH)}),
+    "phi3 partial, no scaling": (
+        "phi3", dict(pad_token_id=0, rope_parameters=dict(
+            rope_type="default", rope_theta=100.0,
+            partial_rotary_factor=0.5)),
+        {"partial": _rope(partial=1.0), "less": _rope(partial=0.25)}),
 }
 
 
@@ -177,13 +269,15 @@ def reference_model(model_type, options):
       if "norm" in name:
         # QK-norm undoes the gain of q_proj and k_proj: put it here.
         gain = 1.5 if "q_norm" in name or "k_norm" in name else 1.0
-        p.copy_(gain * (1 + 0.3 * torch.randn(p.shape)))
+        p.copy_(gain * (1 + 0.3 * torch.randn(p.shape))
+                - float("gemma" in model_type))
       elif name.endswith("bias"):
         p.copy_(0.5 * torch.randn(p.shape))
       elif "embed" in name:
         p.copy_(torch.randn(p.shape))
       else:
-        gain = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
+        gain = 1.5 if any(
+            part in name for part in ("q_proj", "k_proj", "qkv_proj")) else 1.0
         p.copy_(gain * torch.randn(p.shape) * p.shape[1] ** -0.5)
   return model
 
@@ -231,8 +325,12 @@ def test_config_survives_the_way_back(case, tmp_path):
   assert registry.from_hf(read) == config
 
 
-def test_bfloat16_rounds_no_worse_than_transformers():
-  model = reference_model("qwen3", dict(head_dim=16)).to(torch.bfloat16)
+@pytest.mark.parametrize("family, options", [
+    ("qwen3", dict(head_dim=16)),
+    ("gemma2", dict(GEMMA, attn_logit_softcapping=3.0)),
+], ids=["qwen3", "gemma2"])
+def test_bfloat16_rounds_no_worse_than_transformers(family, options):
+  model = reference_model(family, options).to(torch.bfloat16)
   tokens = np.random.default_rng(4).integers(0, 97, (2, LENGTH))
   with torch.no_grad():
     theirs = model(torch.tensor(tokens)).logits.float().numpy()
@@ -249,6 +347,88 @@ def test_bfloat16_rounds_no_worse_than_transformers():
   ours_off, theirs_off = (
       np.sqrt(np.mean((x - exact) ** 2)) for x in (rounded, theirs))
   assert 0 < ours_off < 1.5 * theirs_off
+
+
+def test_gradients_through_caps_and_norms_equal_autograd():
+  """Of a LoRA on each projection of Gemma 2, beside frozen weights."""
+  model = reference_model("gemma2", dict(
+      GEMMA, attn_logit_softcapping=3.0, final_logit_softcapping=8.0))
+  config = registry.from_hf(model.config.to_dict())
+  base = _base_of(model, config)
+  rng = np.random.default_rng(5)
+  tokens = rng.integers(0, 97, (2, 12))
+  weight = rng.normal(size=(2, 12, 97)).astype(np.float32)
+  positions = jnp.broadcast_to(jnp.arange(12), tokens.shape)
+  draw = lambda *shape: 0.3 * rng.normal(size=shape).astype(np.float32)
+  shapes = {name: part.weight.shape[1:] for name, part in base.layers.items()
+            if isinstance(part, decoder.Linear)}
+  factors = {name: (draw(3, i, 2), draw(3, 2, o))
+             for name, (i, o) in shapes.items()}
+
+  @jax.jit
+  def loss(factors):
+    ones = jnp.ones(3)
+    tree = adapters_lib.Adapters(layers={
+        name: lora.LoRA(a=a, b=b, scale=ones, rate=0 * ones,
+                        rank=jnp.full(3, 2))
+        for name, (a, b) in factors.items()})
+    return (tiny.logits(config, base, jnp.asarray(tokens), positions,
+                        jnp.ones_like(positions), tree) * weight).sum()
+
+  ours = jax.grad(loss)(factors)
+  model.requires_grad_(False)
+  theirs = {}
+  for name, pair in factors.items():
+    theirs[name] = [torch.tensor(x, requires_grad=True) for x in pair]
+    for i, block in enumerate(model.model.layers):
+      path = hf.MODULES[name]
+      linear = block.get_submodule(path)
+      a, b = (x[i] for x in theirs[name])
+      linear.forward = lambda x, w=linear.weight, a=a, b=b: (
+          x @ w.T + x @ a @ b)
+  out = model(torch.tensor(tokens)).logits
+  (out * torch.tensor(weight)).sum().backward()
+  for name, pair in ours.items():
+    for mine, other in zip(pair, theirs[name], strict=True):
+      assert float(jnp.abs(mine).max()) > 1e-2
+      assert tiny.distance(mine, other.grad.numpy()) <= 5e-5, name
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", None])
+def test_the_text_model_of_a_multimodal_checkpoint(prefix, tmp_path):
+  torch.manual_seed(0)
+  text = {**SHAPE, **GEMMA, "rope_parameters": None,
+          "num_hidden_layers": 2, "model_type": "gemma3_text"}
+  text.pop("attn_implementation")
+  config = transformers.Gemma3Config(
+      text_config=text, mm_tokens_per_image=1, eos_token_id=[1, 7],
+      image_token_index=96, boi_token_index=95, eoi_token_index=94,
+      vision_config=dict(
+          model_type="siglip_vision_model", hidden_size=8, image_size=4,
+          intermediate_size=8, num_attention_heads=1, num_hidden_layers=1,
+          patch_size=2))
+  model = transformers.Gemma3ForConditionalGeneration(config).eval()
+  model.save_pretrained(tmp_path)
+  file = tmp_path / "model.safetensors"
+  named = safetensors.numpy.load_file(file)
+  assert any(name.startswith("vision_tower.") for name in named)
+  assert not any(name.startswith("model.norm") for name in named)
+  if prefix:  # As the model itself, and some checkpoints, name them.
+    named = {
+        prefix + name.removeprefix("language_model.model.")
+        if name.startswith("language_model.") else f"model.{name}": value
+        for name, value in named.items()}
+    safetensors.numpy.save_file(named, file)
+  found, base, _, _ = load.load(tmp_path)
+  assert found.family == "gemma3_text" and found.eos_ids == (1, 7)
+  tokens = np.random.default_rng(3).integers(0, 90, (2, 12))
+  with torch.no_grad():
+    theirs = model(torch.tensor(tokens)).logits.numpy()
+  assert tiny.distance(ours(found, base, tokens), theirs) <= 2e-5
+  named["audio.weight"] = named[min(named)]
+  safetensors.numpy.save_file(named, file)
+  with pytest.raises(errors.UserError, match=r"audio\.weight is not of"):
+    load.load(tmp_path)
 
 
 def _base_of(model, config):

@@ -14,6 +14,10 @@ VOCAB = 61
 _SHAPE = dict(
     vocab_size=VOCAB, d_model=24, d_ff=40, n_layers=2, n_heads=4,
     n_kv_heads=2, head_dim=8, max_position=16)
+_GEMMA = dict(
+    norm_offset=1, post_norms=True, activation="gelu_tanh",
+    embed_scale=24**0.5, query_pre_attn_scalar=6, tie_embeddings=True,
+    sliding_window=5)
 
 CONFIGS = {
     "llama": config_lib.ModelConfig(
@@ -29,6 +33,23 @@ CONFIGS = {
     "qwen3": config_lib.ModelConfig(
         family="qwen3", **_SHAPE, qk_norm=True, sliding_window=6,
         window_layers=(False, True)),
+    "gemma2": config_lib.ModelConfig(
+        family="gemma2", **_SHAPE, **_GEMMA, window_layers=(True, False),
+        attn_softcap=2.0, final_softcap=10.0),
+    "gemma3_text": config_lib.ModelConfig(
+        family="gemma3_text", **_SHAPE, **_GEMMA, qk_norm=True,
+        window_layers=(True, False),
+        rope=config_lib.RopeConfig(type="linear", theta=1e6, factor=8.0),
+        local_rope=config_lib.RopeConfig(theta=100.0)),
+    "phi3": config_lib.ModelConfig(
+        # Its class in transformers takes e for d / h.
+        family="phi3", **_SHAPE | dict(d_model=32), fused=True,
+        sliding_window=7,
+        # Every sequence of the tests is beyond the original context.
+        rope=config_lib.RopeConfig(
+            type="longrope", factor=8.0, original_max_position=2,
+            partial=0.75, short_factor=(1.0, 1.5, 2.0),
+            long_factor=(2.0, 3.0, 5.0))),
 }
 
 

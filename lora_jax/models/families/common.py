@@ -6,12 +6,17 @@ ignores an option trains against the wrong function.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_jax import errors
 from lora_jax.models import config as config_lib
 from lora_jax.models import rope
+
+# Of a config's names of activations, `layers.ACTIVATIONS`.
+ACTIVATIONS = {
+    "silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu"}
 
 
 def geometry(
@@ -33,10 +38,11 @@ def geometry(
   Raises:
     errors.UserError: if a value is missing, malformed or unsupported.
   """
-  act = hf.get("hidden_act") or "silu"
-  if act not in ("silu", "swish"):
+  act = hf.get("hidden_activation") or hf.get("hidden_act") or "silu"
+  if act not in ACTIVATIONS:
     raise errors.UserError(
-        f'{source}: hidden_act="{act}" is unsupported; supported: silu')
+        f'{source}: hidden_act="{act}" is unsupported; supported: '
+        f"{', '.join(ACTIVATIONS)}")
   if hf.get("quantization_config"):
     method = hf["quantization_config"].get("quant_method", "unknown")
     raise errors.UserError(
@@ -68,16 +74,23 @@ def geometry(
       "n_kv_heads": n_kv_heads,
       "head_dim": head_dim,
       "norm_eps": number(hf, "rms_norm_eps", source, 1e-6),
-      "rope": rope_config(hf, source, max_position),
+      "activation": ACTIVATIONS[act],
+      "rope": rope_config(hf, source, max_position, head_dim),
       "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
       "max_position": max_position,
   }
 
 
 def rope_config(
-    hf: Mapping[str, Any], source: str, max_position: int
+    hf: Mapping[str, Any], source: str, max_position: int, head_dim: int
 ) -> config_lib.RopeConfig:
   """`rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`.
+
+  Args:
+    hf: `config.json`.
+    source: its path, for messages.
+    max_position: context length, in tokens.
+    head_dim: e.
 
   Raises:
     errors.UserError: if the type or a value is unsupported.
@@ -93,23 +106,27 @@ def rope_config(
     raise errors.UserError(
         f'{source}: rope_parameters["{nested[0]}"] sets RoPE by layer type, '
         "which is unsupported; supported: one setting for all layers")
-  partial = given.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
-  if partial not in (None, 1, 1.0):
+  partial = number(
+      {"partial_rotary_factor": given.get(
+          "partial_rotary_factor", hf.get("partial_rotary_factor"))},
+      "partial_rotary_factor", source, 1.0)
+  turned = int(head_dim * partial)
+  if turned % 2 or not 0 < turned <= head_dim:
     raise errors.UserError(
-        f"{source}: partial_rotary_factor={partial} is unsupported; "
-        "supported: 1.0")
+        f"{source}: partial_rotary_factor={partial} rotates {turned} of "
+        f"head_dim={head_dim} dimensions; RoPE needs an even number of them")
   theta = given.get("rope_theta") or hf.get("rope_theta") or 10000.0
   fields: dict[str, Any] = {
-      "type": kind, "theta": number({"rope_theta": theta}, "rope_theta",
-                                    source)}
+      "type": kind, "partial": partial,
+      "theta": number({"rope_theta": theta}, "rope_theta", source)}
   if kind == "default":
     return config_lib.RopeConfig(**fields)
   original = (hf.get("original_max_position_embeddings")
               or given.get("original_max_position_embeddings")
               or max_position)
-  if kind in ("llama3", "yarn"):
+  if kind in ("llama3", "yarn", "longrope"):
     fields["original_max_position"] = int(original)
-  if kind == "yarn" and given.get("factor") is None:
+  if kind in ("yarn", "longrope") and given.get("factor") is None:
     given = {**given, "factor": max_position / original}
   fields["factor"] = number(given, "factor", source)
   if kind == "llama3":
@@ -119,16 +136,20 @@ def rope_config(
     fields["beta_fast"] = float(given.get("beta_fast") or 32)
     fields["beta_slow"] = float(given.get("beta_slow") or 1)
     fields["truncate"] = bool(given.get("truncate", True))
-    for name in ("attention_factor", "mscale", "mscale_all_dim"):
-      if given.get(name) is not None:
-        fields[name] = number(given, name, source)
+  if kind == "longrope":
+    for name in ("short_factor", "long_factor"):
+      fields[name] = _numbers(given, name, source, turned // 2)
+  for name in {"yarn": ("attention_factor", "mscale", "mscale_all_dim"),
+               "longrope": ("attention_factor",)}.get(kind, ()):
+    if given.get(name) is not None:
+      fields[name] = number(given, name, source)
   return config_lib.RopeConfig(**fields)
 
 
 def layer_windows(
     hf: Mapping[str, Any], source: str, n_layers: int
 ) -> dict[str, Any]:
-  """Qwen's sliding window: off, or on some layers.
+  """Qwen's sliding window: off, or on some layers; `layer_types` rules.
 
   Returns:
     `sliding_window` and `window_layers` of `ModelConfig`.
@@ -145,13 +166,7 @@ def layer_windows(
     kinds = [
         "sliding_attention" if window and i >= first else "full_attention"
         for i in range(n_layers)]
-  unknown = set(kinds) - {"sliding_attention", "full_attention"}
-  if unknown or len(kinds) != n_layers:
-    value = f'"{min(unknown)}"' if unknown else f"{len(kinds)} values"
-    raise errors.UserError(
-        f"{source}: layer_types holds {value}; it needs {n_layers} values "
-        "from full_attention, sliding_attention")
-  used = tuple(kind == "sliding_attention" for kind in kinds)
+  used = local_layers(kinds, source, n_layers)
   if any(used) and window is None:
     raise errors.UserError(
         f"{source}: layer_types names sliding_attention but "
@@ -159,6 +174,22 @@ def layer_windows(
   if window is None:
     return {"sliding_window": None, "window_layers": None}
   return {"sliding_window": window, "window_layers": used}
+
+
+def local_layers(
+    kinds: Sequence[str], source: str, n_layers: int) -> tuple[bool, ...]:
+  """Which layers `layer_types` gives the window.
+
+  Raises:
+    errors.UserError: if there is not one known type for each layer.
+  """
+  unknown = set(kinds) - {"sliding_attention", "full_attention"}
+  if unknown or len(kinds) != n_layers:
+    value = f'"{min(unknown)}"' if unknown else f"{len(kinds)} values"
+    raise errors.UserError(
+        f"{source}: layer_types holds {value}; it needs {n_layers} values "
+        "from full_attention, sliding_attention")
+  return tuple(kind == "sliding_attention" for kind in kinds)
 
 
 def token_ids(hf: Mapping[str, Any], **defaults: int | None) -> dict[str, Any]:
@@ -197,3 +228,18 @@ def number(
     raise errors.UserError(
         f"{source}: {name} {said}; a number of at least 0 is needed")
   return float(value)
+
+
+def _numbers(
+    hf: Mapping[str, Any], name: str, source: str, n: int
+) -> tuple[float, ...]:
+  """A list of n positive numbers of a config, or a `UserError`."""
+  values = hf.get(name)
+  if not isinstance(values, list) or len(values) != n or not all(
+      isinstance(v, (int, float)) and v > 0 for v in values):
+    said = (f"{len(values)} values" if isinstance(values, list)
+            else repr(values))
+    raise errors.UserError(
+        f"{source}: {name} holds {said}; a list of {n} positive numbers is "
+        "needed")
+  return tuple(float(v) for v in values)
