@@ -9,6 +9,7 @@ bucket.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+import dataclasses
 import functools
 from typing import Any
 
@@ -20,6 +21,7 @@ from lora_jax import adapters as adapters_lib
 from lora_jax import errors
 from lora_jax import types
 from lora_jax.evaluate import sampling as sampling_lib
+from lora_jax.kernels import attention as attention_lib
 from lora_jax.models import cache as cache_lib
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
@@ -42,7 +44,7 @@ def _next(model, base, adapters, hidden, cache, key, rows, how):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "size", "dtype"))
+    jax.jit, static_argnames=("model", "size", "dtype", "attention"))
 def prefill(
     base: types.Tree,
     adapters: types.Tree,
@@ -55,6 +57,7 @@ def prefill(
     model: config_lib.ModelConfig,
     size: int,
     dtype: str,
+    attention: attention_lib.Options = attention_lib.Options(),
 ) -> tuple[cache_lib.Cache, jax.Array]:
   """Reads the prompts; gives the cache and each row's first new token.
 
@@ -69,6 +72,7 @@ def prefill(
     model: static.
     size: s, slots of the cache; static.
     dtype: of activations and cache; static.
+    attention: what computes attention; static. The layout is known here.
 
   Returns:
     The cache and `[b]` int32.
@@ -79,7 +83,8 @@ def prefill(
   cache = cache_lib.init_cache(model, b, size, dtype)
   hidden, filled = decoder.forward(
       model, base, adapters, tokens, positions, segments, cache=cache,
-      dtype=dtype)
+      dtype=dtype,
+      attention=dataclasses.replace(attention, layout="single"))
   last = hidden[jnp.arange(b), jnp.maximum(lengths - 1, 0)]
   return _next(model, base, adapters, last, filled, key, rows, how)
 
@@ -131,6 +136,7 @@ def generate(
     seed: int = 0,
     rows: Sequence[int] | None = None,
     dtype: Any = "float32",
+    attention: attention_lib.Options = attention_lib.Options(),
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
   """Continues every prompt.
@@ -153,6 +159,8 @@ def generate(
     rows: number of each row in the request, for those who cut a request into
       batches; 0, 1, ... by default.
     dtype: of activations and cache.
+    attention: what computes attention over the prompts; single tokens read
+      the cache on the plain path, as there is nothing to tile.
     on_token: called with (index into `prompts`, token) as tokens appear.
 
   Returns:
@@ -189,7 +197,7 @@ def generate(
   results: list[list[int]] = [[] for _ in prompts]
   cache, newest = prefill(
       base, adapters, tokens, lengths, key, numbers, how, model=model,
-      size=size, dtype=dtype)
+      size=size, dtype=dtype, attention=attention)
   while True:
     for i, token in enumerate(np.asarray(newest)[:n].tolist()):
       if not active[i]:

@@ -11,9 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import types
+from lora_jax.kernels import attention as attention_lib
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
 from lora_jax.train import loss
+
+PACKED = attention_lib.Options(layout="packed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,8 @@ class RowLosses:
     return float(np.exp(self.loss))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "dtype"))
+@functools.partial(
+    jax.jit, static_argnames=("model", "dtype", "attention"))
 def row_nll(
     adapter_tree: types.Tree,
     base: types.Tree,
@@ -46,6 +50,7 @@ def row_nll(
     *,
     model: config_lib.ModelConfig,
     dtype: str = "float32",
+    attention: attention_lib.Options = PACKED,
 ) -> tuple[jax.Array, jax.Array]:
   """(sum of weight * nll, sum of weight) of every row, `[b]` each.
 
@@ -55,10 +60,11 @@ def row_nll(
     batch: `[b, t]`.
     model: static.
     dtype: static, compute type.
+    attention: static, what computes attention, and the layout of the rows.
   """
   hidden, _ = decoder.forward(
       model, base, adapter_tree, batch.tokens, batch.positions,
-      batch.segment_ids, dtype=dtype)
+      batch.segment_ids, dtype=dtype, attention=attention)
   b, t = batch.tokens.shape
   size = loss.chunk_size(b * t, model.vocab_size)
 
@@ -80,6 +86,7 @@ def row_losses(
     *,
     model: config_lib.ModelConfig,
     dtype: str = "float32",
+    attention: attention_lib.Options = PACKED,
 ) -> RowLosses:
   """Losses of every row of `batches`, in the order of their indices.
 
@@ -89,13 +96,16 @@ def row_losses(
     batches: `(batch [b, t], indices [n <= b])`; rows past `n` are padding.
     model: the architecture.
     dtype: compute type.
+    attention: what computes attention, and the layout of the rows.
 
   Returns:
     One entry for each index, from 0 to the largest.
   """
   found = {}
   for batch, indices in batches:
-    nll, weight = row_nll(adapter_tree, base, batch, model=model, dtype=dtype)
+    nll, weight = row_nll(
+        adapter_tree, base, batch, model=model, dtype=dtype,
+        attention=attention)
     rows = zip(indices.tolist(), np.asarray(nll, np.float64),
                np.asarray(weight, np.float64))
     found.update({index: (n, w) for index, n, w in rows})

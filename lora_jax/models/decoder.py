@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from lora_jax import adapters as adapters_lib
 from lora_jax import trees
 from lora_jax import types
+from lora_jax.kernels import attention as attention_lib
 from lora_jax.models import cache as cache_lib
 from lora_jax.models import config as config_lib
 from lora_jax.models import layers as layers_lib
@@ -68,13 +69,14 @@ class Base:
 
 @struct.dataclass
 class Context:
-  """What all layers of one pass share; see `layers.attention`.
+  """What all layers of one pass share; see `kernels.attention`.
 
   Attributes:
     cos, sin: `[b, t, e/2]` float32.
     q_positions, q_segments: `[b, t]`.
     kv_positions, kv_segments: `[b, s]`; s is t without a cache.
     slots: `[b, t]`, where in the cache the tokens go, or None.
+    attention: static; what computes attention, and the layout of the rows.
   """
 
   cos: types.Array
@@ -84,6 +86,8 @@ class Context:
   kv_positions: types.Array
   kv_segments: types.Array
   slots: types.Array | None = None
+  attention: attention_lib.Options = struct.field(
+      pytree_node=False, default=attention_lib.Options())
 
 
 def layer(
@@ -132,9 +136,10 @@ def layer(
   if cached is not None and context.slots is not None:
     cached = cache_lib.write(cached, (k, v), context.slots)
     k, v = (c.astype(q.dtype) for c in cached)
-  o = layers_lib.attention(
+  o = attention_lib.attention(
       q, k, v, context.q_positions, context.kv_positions,
-      context.q_segments, context.kv_segments, window)
+      context.q_segments, context.kv_segments, window,
+      options=context.attention)
   o = _name(o.reshape(b, t, -1), "o")
   mid = _name(hidden + project(o, "o_proj"), "mid")
   x = layers_lib.rms_norm(
@@ -156,6 +161,7 @@ def forward(
     cache: cache_lib.Cache | None = None,
     dtype: Any = jnp.float32,
     remat: str = "none",
+    attention: attention_lib.Options = attention_lib.Options(),
 ) -> tuple[types.Array, cache_lib.Cache | None]:
   """Hidden states of a batch of rows, packed or padded, cached or not.
 
@@ -170,6 +176,8 @@ def forward(
     cache: keys and values of the tokens before these, or None.
     dtype: of the activations.
     remat: what the backward pass keeps, a key of `remat.POLICIES`.
+    attention: static; what computes attention, and what is known of the
+      layout of the rows. With a cache, any but `any` says that it was empty.
 
   Returns:
     `[b, t, d]` after the final norm, in `dtype`, and the cache with these
@@ -183,9 +191,12 @@ def forward(
     cache, slots = cache_lib.extend(cache, positions, segment_ids)
     kv_positions, kv_segments = cache.positions, cache.segment_ids
   cos, sin = rope.tables(config.rope, config.head_dim, positions)
+  windows = config.windows()
   context = Context(
       cos=cos, sin=sin, q_positions=positions, q_segments=segment_ids,
-      kv_positions=kv_positions, kv_segments=kv_segments, slots=slots)
+      kv_positions=kv_positions, kv_segments=kv_segments, slots=slots,
+      attention=dataclasses.replace(
+          attention, windows=tuple(sorted(set(windows or ())))))
 
   def body(hidden, xs):
     index, weights, layer_adapters, window, cached = xs
@@ -193,7 +204,6 @@ def forward(
     return layer(config, context, hidden, weights, layer_adapters, draw,
                  window, cached)
 
-  windows = config.windows()
   xs = (
       jnp.arange(config.n_layers, dtype=jnp.int32),
       base.layers,

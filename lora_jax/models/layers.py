@@ -1,4 +1,4 @@
-"""RMSNorm and attention: the parts of a decoder without parameters of ours."""
+"""The parts of a decoder without parameters of ours."""
 
 from __future__ import annotations
 
@@ -28,66 +28,3 @@ def rms_norm(
   square = jnp.mean(wide * wide, axis=-1, keepdims=True)
   normed = (wide * jax.lax.rsqrt(square + eps)).astype(x.dtype)
   return weight.astype(x.dtype) * normed
-
-
-def visible(
-    q_positions: types.Array,
-    kv_positions: types.Array,
-    q_segments: types.Array,
-    kv_segments: types.Array,
-    window: types.Array | int | None = None,
-) -> types.Array:
-  """The one mask rule, for padded, packed and cached rows.
-
-  A query sees a key iff both are of the same segment, which is not padding,
-  the key is not later, and it is less than `window` positions back.
-
-  Args:
-    q_positions: `[b, t]`.
-    kv_positions: `[b, s]`.
-    q_segments: `[b, t]`, 0 on padding.
-    kv_segments: `[b, s]`, 0 on padding and on empty cache slots.
-    window: tokens seen, itself included; None is unlimited.
-
-  Returns:
-    `[b, t, s]` bool.
-  """
-  back = q_positions[:, :, None] - kv_positions[:, None, :]
-  same = q_segments[:, :, None] == kv_segments[:, None, :]
-  mask = same & (kv_segments != 0)[:, None, :] & (back >= 0)
-  return mask if window is None else mask & (back < window)
-
-
-def attention(
-    q: types.Array,
-    k: types.Array,
-    v: types.Array,
-    q_positions: types.Array,
-    kv_positions: types.Array,
-    q_segments: types.Array,
-    kv_segments: types.Array,
-    window: types.Array | int | None = None,
-) -> types.Array:
-  """Grouped-query attention; query head n reads kv head n // (h / k).
-
-  It takes positions and segments, not a mask, so that a kernel that never
-  builds the mask can stand here.
-
-  Args:
-    q: `[b, t, h, e]`.
-    k: `[b, s, k, e]`.
-    v: `[b, s, k, e]`.
-    q_positions: `[b, t]`; see `visible`.
-    kv_positions: `[b, s]`.
-    q_segments: `[b, t]`.
-    kv_segments: `[b, s]`.
-    window: see `visible`.
-
-  Returns:
-    `[b, t, h, e]` in `q.dtype`; the softmax is float32. Rows that see no
-    key (padding) are finite and mean nothing.
-  """
-  mask = visible(
-      q_positions, kv_positions, q_segments, kv_segments, window)
-  return jax.nn.dot_product_attention(
-      q, k, v, mask=mask[:, None], implementation="xla")

@@ -12,6 +12,7 @@ import optax
 
 from lora_jax import adapters
 from lora_jax import types
+from lora_jax.kernels import attention as attention_lib
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
 from lora_jax.train import loss
@@ -41,11 +42,13 @@ class Settings:
     dtype: compute type of activations, `float32` or `bfloat16`.
     remat: a key of `models.remat.POLICIES`.
     noise: whether the adapters' dropout is drawn.
+    attention: what computes attention, and the layout of the rows.
   """
 
   dtype: str = "float32"
   remat: str = "named"
   noise: bool = False
+  attention: attention_lib.Options = attention_lib.Options(layout="packed")
 
 
 def init_state(params: types.Tree) -> TrainState:
@@ -101,7 +104,8 @@ def weighted_sum(
   tree = adapters.join(params, frozen)
   hidden, _ = decoder.forward(
       model, base, tree, batch.tokens, batch.positions, batch.segment_ids,
-      noise=noise(batch), dtype=settings.dtype, remat=settings.remat)
+      noise=noise(batch), dtype=settings.dtype, remat=settings.remat,
+      attention=settings.attention)
 
   def unembed(trainable, rest, chunk, part):
     head_base, head_frozen, step_key = rest
