@@ -12,6 +12,8 @@ itself, so that even an empty row is finite.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
@@ -45,16 +47,23 @@ def refuses(call: base.Call) -> str | None:
 
 
 def run(call: base.Call) -> types.Array:
-  """Causal where the layout allows it, else with a mask in memory."""
+  """See `attend`."""
+  return attend(call, "cudnn")
+
+
+def attend(call: base.Call, name: Literal["cudnn", "xla"]) -> types.Array:
+  """Causal where the layout allows it, else with a mask in memory.
+
+  Args:
+    call: what to compute.
+    name: which of jax's implementations; `xla` is for tests.
+  """
   if not causal(call):
     return jax.nn.dot_product_attention(
         call.q, call.k, call.v, mask=plain.mask(call), scale=call.scale,
-        implementation="cudnn")
-  return base.each_window(call, lambda window: _causal(call, window))
-
-
-def _causal(call, window):
+        implementation=name)
   k, v = call.aligned()
-  return jax.nn.dot_product_attention(
-      call.q, k, v, is_causal=True, scale=call.scale, implementation="cudnn",
-      local_window_size=None if window is None else (window - 1, 0))
+  return base.each_window(
+      call, lambda window: jax.nn.dot_product_attention(
+          call.q, k, v, is_causal=True, scale=call.scale, implementation=name,
+          local_window_size=None if window is None else (window - 1, 0)))

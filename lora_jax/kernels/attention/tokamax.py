@@ -70,13 +70,17 @@ def first_keys(call: base.Call) -> types.Array | None:
 
 def run(call: base.Call) -> types.Array:
   """Mosaic on a GPU, XLA elsewhere."""
-  return attend(call, _mosaic() if call.device.platform != "cpu" else _xla())
+  return attend(call, "xla" if call.device.platform == "cpu" else "mosaic_gpu")
 
 
-def attend(call: base.Call, op) -> types.Array:
-  """The call by one of tokamax's attention ops."""
-  # Its public functions take no such mask; its public ops do.
+def attend(call: base.Call, name: str) -> types.Array:
+  """The call by the op that tokamax calls by this name."""
+  # Its public function takes no such mask, and the public classes of its ops
+  # are beside others that import jax_triton.
+  from tokamax._src.ops.attention import api
   from tokamax._src.ops.attention import base as tokamax_base
+
+  op = api.IMPLEMENTATIONS[name]
 
   def kernel(q, k, v, first=None):
     seen = tokamax_base.Mask(
@@ -88,15 +92,3 @@ def attend(call: base.Call, op) -> types.Array:
   rows = () if first is None else (first,)
   return base.sharded(
       call.options.mesh, kernel, call.q, *call.aligned(), *rows)
-
-
-def _mosaic():
-  from tokamax.ops import gpu
-
-  return gpu.PallasMosaicFlashAttention()
-
-
-def _xla():
-  from tokamax._src.ops.attention import base as tokamax_base
-
-  return tokamax_base.DotProductAttention()
