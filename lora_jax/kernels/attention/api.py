@@ -93,8 +93,10 @@ def chosen(call: base.Call) -> Any:
 
 
 def _automatic(call):
-  # Results in float32 are to be exact, and decoding has nothing to tile.
-  if call.q.dtype == jnp.float32 or call.q.shape[1] == 1:
+  # Results in float32 are to be exact, decoding has nothing to tile, and no
+  # kernel is for CPUs.
+  if (call.q.dtype == jnp.float32 or call.q.shape[1] == 1
+      or call.device.platform == "cpu"):
     return plain
   for name in PREFERRED[call.options.layout]:
     reason = IMPLEMENTATIONS[name].refuses(call)
