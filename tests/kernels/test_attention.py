@@ -134,6 +134,7 @@ def test_prompts_into_a_larger_cache(path):
       v=jnp.pad(call.v, (*more, (0, 0), (0, 0)), constant_values=9),
       kv_positions=jnp.pad(call.kv_positions, more),
       kv_segments=jnp.pad(call.kv_segments, more))
+  assert call.k.shape[1] == 19 and call.aligned()[0].shape[1] == 12
   real = np.asarray(call.q_segments) > 0
   np.testing.assert_allclose(
       PATHS[path](call)[real], oracle.attend(call)[real], atol=2e-6)

@@ -12,6 +12,7 @@ import dataclasses, re
 import jax, jax.numpy as jnp, numpy as np
 from lora_jax import mesh as mesh_lib
 from lora_jax.kernels.attention import base
+from lora_jax.kernels.attention import cudnn
 from tests.kernels import oracle
 
 mesh = mesh_lib.make(mesh_lib.MeshConfig(data=2, tensor=2))
@@ -41,6 +42,20 @@ out = run(*qkv, first)[0]
 assert out.sharding.spec == qkv[0].sharding.spec, out.sharding
 np.testing.assert_allclose(np.asarray(out)[real], oracle.attend(call)[real],
                            atol=2e-6)
+
+# cuDNN's call is cut by jax, as this is by XLA, from what it is given.
+for layout in "packed", "single":
+  lengths = oracle.PACKED if layout == "packed" else oracle.SINGLE
+  call = oracle.call(lengths[:2], layout=layout)
+  call = dataclasses.replace(
+      call, options=dataclasses.replace(call.options, mesh=mesh))
+  run = jax.jit(lambda q, k, v: cudnn.attend(
+      dataclasses.replace(call, q=q, k=k, v=v), "xla"))
+  text = run.lower(*qkv).compile().as_text()
+  assert not re.search("all-gather|all-to-all|all-reduce", text)
+  real = np.asarray(call.q_segments) > 0
+  np.testing.assert_allclose(
+      np.asarray(run(*qkv))[real], oracle.attend(call)[real], atol=2e-6)
 print("done")
 """
 

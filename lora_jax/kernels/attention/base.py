@@ -10,7 +10,7 @@ An implementation is a module with two functions:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -27,6 +27,9 @@ LAYOUTS = {
     "packed": "key i is query i's token; segments are contiguous",
     "single": "packed, with one segment a row and padding only after it",
 }
+
+# Logical axes of queries, keys and values.
+HEADS = ("batch", None, "heads", None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,14 +155,23 @@ def sharded(
   """
   if mesh is None or mesh.size == 1:
     return kernel(q, k, v, *rows)
-  specs = [mesh_lib.spec(mesh, x.shape, ("batch", None, "heads", None))
-           for x in (q, k, v)]
+  specs = [mesh_lib.spec(mesh, x.shape, HEADS) for x in (q, k, v)]
   specs += [mesh_lib.spec(mesh, x.shape, ("batch", *[None] * (x.ndim - 1)))
             for x in rows]
   # Kernels say nothing about which axes their results vary over.
   return jax.shard_map(
       kernel, mesh=mesh, in_specs=tuple(specs), out_specs=specs[0],
       check_vma=False)(q, k, v, *rows)
+
+
+def placed(
+    mesh: Mesh | None, x: types.Array, logical: Sequence[str | None]
+) -> types.Array:
+  """`x` with its logical axes cut by the mesh, for a call that XLA can cut."""
+  if mesh is None or mesh.size == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(
+      mesh, mesh_lib.spec(mesh, x.shape, logical)))
 
 
 def starts(segments: types.Array) -> types.Array:

@@ -12,6 +12,7 @@ itself, so that even an empty row is finite.
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import jax
@@ -58,12 +59,16 @@ def attend(call: base.Call, name: Literal["cudnn", "xla"]) -> types.Array:
     call: what to compute.
     name: which of jax's implementations; `xla` is for tests.
   """
+  mesh = call.options.mesh
+  k, v = call.aligned() if causal(call) else (call.k, call.v)
+  # jax cuts cuDNN's call itself, if its operands are cut alike.
+  q, k, v = (base.placed(mesh, x, base.HEADS) for x in (call.q, k, v))
+  attention = functools.partial(
+      jax.nn.dot_product_attention, q, k, v, scale=call.scale,
+      implementation=name)
   if not causal(call):
-    return jax.nn.dot_product_attention(
-        call.q, call.k, call.v, mask=plain.mask(call), scale=call.scale,
-        implementation=name)
-  k, v = call.aligned()
-  return base.each_window(
-      call, lambda window: jax.nn.dot_product_attention(
-          call.q, k, v, is_causal=True, scale=call.scale, implementation=name,
-          local_window_size=None if window is None else (window - 1, 0)))
+    return attention(
+        mask=base.placed(mesh, plain.mask(call), ("batch", None, None, None)))
+  return base.each_window(call, lambda window: attention(
+      is_causal=True,
+      local_window_size=None if window is None else (window - 1, 0)))
