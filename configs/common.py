@@ -104,6 +104,8 @@ def get_config() -> config_dict.ConfigDict:
   config.compute = c()
   config.compute.dtype = "float32"  # float32 bfloat16
   config.compute.remat = "named"  # none dots named full
+  # auto plain cudnn tokamax splash; auto takes the fastest that can.
+  config.compute.attention = "auto"
   return config
 
 

@@ -13,6 +13,7 @@ from lora_jax import errors
 from lora_jax import mesh as mesh_lib
 from lora_jax import quant as quant_lib
 from lora_jax.adapters import registry
+from lora_jax.kernels import attention
 from lora_jax.models import hf
 from lora_jax.models import remat
 from lora_jax.train import loop
@@ -95,6 +96,8 @@ def check(config: Config) -> None:
   errors.choose("compute.dtype", config["compute"]["dtype"],
                 {"float32": 0, "bfloat16": 0})
   errors.choose("compute.remat", config["compute"]["remat"], remat.POLICIES)
+  errors.choose("compute.attention", config["compute"]["attention"],
+                attention.CHOICES)
   for block, name, least in (
       ("data", "max_length", 2), ("data", "eval_max_length", 2),
       ("data", "rows", 0), ("data", "eval_rows", 0), ("train", "samples", 0),

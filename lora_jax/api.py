@@ -37,6 +37,7 @@ from lora_jax.evaluate import generate as generate_lib
 from lora_jax.evaluate import perplexity
 from lora_jax.export import hf as hf_export
 from lora_jax.export import peft
+from lora_jax.kernels import attention as attention_lib
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
 from lora_jax.models import hf
@@ -66,6 +67,7 @@ class Model:
     adapter_config: what the adapters were made from.
     peft_config: `adapter_config.json` of an adapter that was read.
     mesh: devices to spread over, or None for one.
+    attention: what computes attention, a key of `kernels.attention.CHOICES`.
   """
 
   config: config_lib.ModelConfig
@@ -80,6 +82,7 @@ class Model:
       method="none")
   peft_config: dict[str, Any] | None = None
   mesh: Any = None
+  attention: str = "auto"
 
   @property
   def paths(self) -> dict[str, list[str]]:
@@ -225,7 +228,8 @@ class Model:
         optim=optim,
         settings=step_lib.Settings(
             dtype=self.dtype, remat=remat,
-            noise=self.adapter_config.dropout > 0, mesh=self.mesh),
+            noise=self.adapter_config.dropout > 0, mesh=self.mesh,
+            attention=self._attention("packed" if packing else "single")),
         key=jax.random.key(seed),
         place=self._place_batch,
         evaluate=evaluate,
@@ -241,10 +245,12 @@ class Model:
       self, prompts: Sequence[Sequence[int] | np.ndarray], **options
   ) -> list[list[int]]:
     """Token ids that follow each prompt; options of `generate.generate`."""
-    options = {"stop_ids": self.stop_ids, "dtype": self.dtype} | options
+    defaults: dict[str, Any] = {
+        "stop_ids": self.stop_ids, "dtype": self.dtype,
+        "attention": self._attention("single")}
     return generate_lib.generate(
         self.config, self.base, self.adapters, [list(p) for p in prompts],
-        mesh=self.mesh, **options)
+        mesh=self.mesh, **(defaults | options))
 
   def chat(self, prompts: Sequence[str], **options) -> list[str]:
     """The assistant's answer to each user message, as text."""
@@ -291,7 +297,11 @@ class Model:
     return perplexity.row_losses(
         self.adapters, self.base,
         ((self._place_batch(batch), indices) for batch, indices in batches),
-        model=self.config, dtype=self.dtype, mesh=self.mesh)
+        model=self.config, dtype=self.dtype, mesh=self.mesh,
+        attention=self._attention("single"))
+
+  def _attention(self, layout: str) -> attention_lib.Options:
+    return attention_lib.Options(self.attention, layout, mesh=self.mesh)
 
   def _place(self, tree: types.Tree) -> types.Tree:
     return tree if self.mesh is None else sharding.put(self.mesh, tree)
@@ -308,6 +318,7 @@ def load(
     skip: Sequence[str] = load_lib.SKIP,
     chat_template: str | None = None,
     mesh: mesh_lib.MeshConfig | None = None,
+    attention: str = "auto",
 ) -> Model:
   """Loads a model and its tokenizer.
 
@@ -318,11 +329,13 @@ def load(
     skip: targets that are not quantised.
     chat_template: Jinja text, if the tokenizer's own is not wanted.
     mesh: how to spread over devices; all of them by default.
+    attention: what computes attention; `auto` takes the fastest that can.
 
   Raises:
     errors.UserError: see `models.load.load`.
   """
   errors.choose("compute.dtype", dtype, {"float32": 0, "bfloat16": 0})
+  errors.choose("compute.attention", attention, attention_lib.CHOICES)
   if isinstance(quant, str):
     quant = quant_lib.QuantSpec(format=quant)
   source = load_lib.open_source(path)
@@ -332,7 +345,8 @@ def load(
   tokenizer = tokenizer_lib.load(source.label, chat_template)
   return Model(
       config=loaded.config, base=loaded.base, tokenizer=tokenizer,
-      fingerprint=loaded.fingerprint, source=path, dtype=dtype, mesh=spread)
+      fingerprint=loaded.fingerprint, source=path, dtype=dtype, mesh=spread,
+      attention=attention)
 
 
 def module_paths(config: config_lib.ModelConfig) -> dict[str, list[str]]:

@@ -9,6 +9,7 @@ bucket.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+import dataclasses
 import functools
 from typing import Any
 
@@ -22,6 +23,7 @@ from lora_jax import errors
 from lora_jax import mesh as mesh_lib
 from lora_jax import types
 from lora_jax.evaluate import sampling as sampling_lib
+from lora_jax.kernels import attention as attention_lib
 from lora_jax.models import cache as cache_lib
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
@@ -44,7 +46,7 @@ def _next(model, base, adapters, hidden, cache, key, rows, how):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "size", "dtype"))
+    jax.jit, static_argnames=("model", "size", "dtype", "attention"))
 def prefill(
     base: types.Tree,
     adapters: types.Tree,
@@ -57,6 +59,7 @@ def prefill(
     model: config_lib.ModelConfig,
     size: int,
     dtype: str,
+    attention: attention_lib.Options = attention_lib.Options(),
 ) -> tuple[cache_lib.Cache, jax.Array]:
   """Reads the prompts; gives the cache and each row's first new token.
 
@@ -71,6 +74,7 @@ def prefill(
     model: static.
     size: s, slots of the cache; static.
     dtype: of activations and cache; static.
+    attention: what computes attention; static. The layout is known here.
 
   Returns:
     The cache and `[b]` int32.
@@ -81,7 +85,8 @@ def prefill(
   cache = cache_lib.init_cache(model, b, size, dtype)
   hidden, filled = decoder.forward(
       model, base, adapters, tokens, positions, segments, cache=cache,
-      dtype=dtype)
+      dtype=dtype,
+      attention=dataclasses.replace(attention, layout="single"))
   last = hidden[jnp.arange(b), jnp.maximum(lengths - 1, 0)]
   return _next(model, base, adapters, last, filled, key, rows, how)
 
@@ -134,6 +139,7 @@ def generate(
     rows: Sequence[int] | None = None,
     dtype: Any = "float32",
     mesh: Mesh | None = None,
+    attention: attention_lib.Options = attention_lib.Options(),
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
   """Continues every prompt.
@@ -159,6 +165,8 @@ def generate(
     mesh: the devices that the trees are spread over, or None for one. Rows
       are cut along its data axis; weights are not gathered for single tokens,
       it is their products that are summed.
+    attention: what computes attention over the prompts; single tokens read
+      the cache on the plain path, as there is nothing to tile.
     on_token: called with (index into `prompts`, token) as tokens appear.
 
   Returns:
@@ -197,7 +205,7 @@ def generate(
   results: list[list[int]] = [[] for _ in prompts]
   cache, newest = prefill(
       base, adapters, place(tokens), place(lengths), key, place(numbers), how,
-      model=model, size=size, dtype=dtype)
+      model=model, size=size, dtype=dtype, attention=attention)
   while True:
     for i, token in enumerate(mesh_lib.fetch(newest)[:n].tolist()):
       if not active[i]:

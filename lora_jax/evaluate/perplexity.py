@@ -13,10 +13,13 @@ import numpy as np
 
 from lora_jax import mesh as mesh_lib
 from lora_jax import types
+from lora_jax.kernels import attention as attention_lib
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
 from lora_jax.models import sharding
 from lora_jax.train import loss
+
+PACKED = attention_lib.Options(layout="packed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,8 @@ class RowLosses:
     return float(np.exp(self.loss))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "dtype", "mesh"))
+@functools.partial(
+    jax.jit, static_argnames=("model", "dtype", "mesh", "attention"))
 def row_nll(
     adapter_tree: types.Tree,
     base: types.Tree,
@@ -50,6 +54,7 @@ def row_nll(
     model: config_lib.ModelConfig,
     dtype: str = "float32",
     mesh: Mesh | None = None,
+    attention: attention_lib.Options = PACKED,
 ) -> tuple[jax.Array, jax.Array]:
   """(sum of weight * nll, sum of weight) of every row, `[b]` each.
 
@@ -60,10 +65,11 @@ def row_nll(
     model: static.
     dtype: static, compute type.
     mesh: static, see `decoder.forward`.
+    attention: static, what computes attention, and the layout of the rows.
   """
   hidden, _ = decoder.forward(
       model, base, adapter_tree, batch.tokens, batch.positions,
-      batch.segment_ids, dtype=dtype, mesh=mesh)
+      batch.segment_ids, dtype=dtype, mesh=mesh, attention=attention)
   head_base, head_adapters = decoder.head_parts(base, adapter_tree)
   head_base = sharding.gathered(mesh, head_base, dtype)
   head_adapters = sharding.gathered(mesh, head_adapters)
@@ -89,6 +95,7 @@ def row_losses(
     model: config_lib.ModelConfig,
     dtype: str = "float32",
     mesh: Mesh | None = None,
+    attention: attention_lib.Options = PACKED,
 ) -> RowLosses:
   """Losses of every row of `batches`, in the order of their indices.
 
@@ -99,6 +106,7 @@ def row_losses(
     model: the architecture.
     dtype: compute type.
     mesh: the devices that everything is spread over, or None for one.
+    attention: what computes attention, and the layout of the rows.
 
   Returns:
     One entry for each index, from 0 to the largest.
@@ -106,7 +114,8 @@ def row_losses(
   found = {}
   for batch, indices in batches:
     nll, weight = row_nll(
-        adapter_tree, base, batch, model=model, dtype=dtype, mesh=mesh)
+        adapter_tree, base, batch, model=model, dtype=dtype, mesh=mesh,
+        attention=attention)
     nll, weight = (
         mesh_lib.fetch(x).astype(np.float64) for x in (nll, weight))
     rows = zip(indices.tolist(), nll, weight)

@@ -2,7 +2,7 @@
 
 Every row appends at its own length, so right-padded prompts of unequal
 length continue without gaps; what a slot holds is said by its position and
-segment, and the mask rule of `layers.visible` needs nothing more.
+segment, and the mask rule of `attention.visible` needs nothing more.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from lora_jax import adapters as adapters_lib
 from lora_jax import mesh as mesh_lib
 from lora_jax import trees
 from lora_jax import types
+from lora_jax.kernels import attention as attention_lib
 from lora_jax.models import cache as cache_lib
 from lora_jax.models import config as config_lib
 from lora_jax.models import layers as layers_lib
@@ -74,7 +75,7 @@ class Base:
 
 @struct.dataclass
 class Context:
-  """What all layers of one pass share; see `layers.attention`.
+  """What all layers of one pass share; see `kernels.attention`.
 
   Attributes:
     cos, sin: `[b, t, p/2]` float32; see `rope.tables`.
@@ -83,6 +84,7 @@ class Context:
     slots: `[b, t]`, where in the cache the tokens go, or None.
     local: cos and sin of the layers with a window, or None if they are the
       same.
+    attention: static; what computes attention, and the layout of the rows.
   """
 
   cos: types.Array
@@ -93,6 +95,8 @@ class Context:
   kv_segments: types.Array
   slots: types.Array | None = None
   local: tuple[types.Array, types.Array] | None = None
+  attention: attention_lib.Options = struct.field(
+      pytree_node=False, default=attention_lib.Options())
 
 
 def layer(
@@ -147,10 +151,11 @@ def layer(
   if cached is not None and context.slots is not None:
     cached = cache_lib.write(cached, (k, v), context.slots)
     k, v = (c.astype(q.dtype) for c in cached)
-  o = layers_lib.attention(
+  o = attention_lib.attention(
       q, k, v, context.q_positions, context.kv_positions,
       context.q_segments, context.kv_segments, window,
-      scale=config.attn_scale, softcap=config.attn_softcap)
+      options=context.attention, scale=config.attn_scale,
+      softcap=config.attn_softcap)
   o = project(_name(o.reshape(b, t, -1), "o"), "o_proj")
   if config.post_norms:
     o = norm(_name(o, "o_out"), "post_attention_layernorm")
@@ -179,6 +184,7 @@ def forward(
     dtype: Any = jnp.float32,
     remat: str = "none",
     mesh: Any = None,
+    attention: attention_lib.Options = attention_lib.Options(),
 ) -> tuple[types.Array, cache_lib.Cache | None]:
   """Hidden states of a batch of rows, packed or padded, cached or not.
 
@@ -195,6 +201,8 @@ def forward(
     remat: what the backward pass keeps, a key of `remat.POLICIES`.
     mesh: devices over which each layer's weights are gathered where they are
       used (`sharding.gathered`); static. None leaves them where they are.
+    attention: static; what computes attention, and what is known of the
+      layout of the rows. With a cache, any but `any` says that it was empty.
 
   Returns:
     `[b, t, d]` after the final norm, in `dtype`, and the cache with these
@@ -219,7 +227,9 @@ def forward(
   context = Context(
       cos=cos, sin=sin, q_positions=positions, q_segments=segment_ids,
       kv_positions=kv_positions, kv_segments=kv_segments, slots=slots,
-      local=turns(local) if local else None)
+      local=turns(local) if local else None,
+      attention=dataclasses.replace(
+          attention, windows=tuple(sorted(set(windows or ())))))
 
   def body(hidden, xs):
     index, weights, layer_adapters, window, cached = xs

@@ -14,6 +14,7 @@ import optax
 from lora_jax import adapters
 from lora_jax import mesh as mesh_lib
 from lora_jax import types
+from lora_jax.kernels import attention as attention_lib
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
 from lora_jax.models import sharding
@@ -45,12 +46,14 @@ class Settings:
     remat: a key of `models.remat.POLICIES`.
     noise: whether the adapters' dropout is drawn.
     mesh: the devices that the trees are spread over, or None for one.
+    attention: what computes attention, and the layout of the rows.
   """
 
   dtype: str = "float32"
   remat: str = "named"
   noise: bool = False
   mesh: Mesh | None = None
+  attention: attention_lib.Options = attention_lib.Options(layout="packed")
 
 
 def init_state(params: types.Tree) -> TrainState:
@@ -96,7 +99,7 @@ def weighted_sum(
   hidden, _ = decoder.forward(
       model, base, tree, batch.tokens, batch.positions, batch.segment_ids,
       noise=noise(batch), dtype=settings.dtype, remat=settings.remat,
-      mesh=settings.mesh)
+      mesh=settings.mesh, attention=settings.attention)
 
   def unembed(trainable, rest, chunk, part):
     head_base, head_frozen, step_key = rest

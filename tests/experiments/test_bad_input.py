@@ -47,6 +47,9 @@ USAGE = {
     "remat": (
         {"compute__remat": "name"}, 'compute.remat="name" is unknown; did you '
         'mean "named"?'),
+    "attention": (
+        {"compute__attention": "cudn"}, 'compute.attention="cudn" is unknown; '
+        'did you mean "cudnn"?'),
     "data format": (
         {"data__format": "alpacca"}, 'data.format="alpacca" is unknown; did '
         'you mean "alpaca"?'),

@@ -59,7 +59,7 @@ def test_config_is_whole(finished):
                 "eval_every", "checkpoint_every"),
       "optim": ("learning_rate", "schedule", "warmup", "weight_decay",
                 "clip_norm"),
-      "mesh": (), "compute": ("dtype", "remat")}
+      "mesh": (), "compute": ("dtype", "remat", "attention")}
   for block, names in wanted.items():
     assert block in config
     assert set(names) <= set(config[block] if names else ())

@@ -10,6 +10,7 @@ import numpy as np
 
 from lora_jax import adapters as adapters_lib
 from lora_jax.adapters import lora
+from lora_jax.kernels import attention
 from lora_jax.models import cache as cache_lib
 from lora_jax.models import decoder
 from lora_jax.models import init
@@ -141,7 +142,8 @@ def test_rows_that_see_nothing_have_finite_gradients():
   positions, none = jnp.arange(4)[None], jnp.zeros((1, 4), jnp.int32)
 
   def total(args):
-    return layers.attention(*args, positions, positions, none, none).sum()
+    return attention.attention(
+        *args, positions, positions, none, none).sum()
 
   grads = jax.grad(total)((q, k, v))
   assert all(bool(jnp.isfinite(g).all()) for g in grads)
@@ -150,7 +152,7 @@ def test_rows_that_see_nothing_have_finite_gradients():
 def test_visible_by_hand():
   positions = jnp.asarray([[0, 1, 2, 0, 1, 0]])
   segments = jnp.asarray([[1, 1, 1, 2, 2, 0]])
-  mask = layers.visible(positions, positions, segments, segments, 2)
+  mask = attention.visible(positions, positions, segments, segments, 2)
   expected = np.array([
       [1, 0, 0, 0, 0, 0],
       [1, 1, 0, 0, 0, 0],

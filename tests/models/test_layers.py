@@ -43,57 +43,6 @@ def test_offset_norm_scales_before_it_rounds():
   assert (np.asarray(early) != expected).mean() > 0.1
 
 
-def test_capped_attention_by_hand():
-  b, t, h, k, e = 2, 7, 4, 2, 8
-  keys = jax.random.split(jax.random.key(0), 3)
-  q, key, v = (3 * jax.random.normal(x, (b, t, n, e))
-               for x, n in zip(keys, (h, k, k)))
-  positions = jnp.broadcast_to(jnp.arange(t), (b, t))
-  segments = jnp.asarray([[1, 1, 1, 2, 2, 2, 0], [1] * 7])
-  out = np.asarray(layers.attention(
-      q, key, v, positions, positions, segments, segments, 3, scale=0.3,
-      softcap=2.0))
-  mask = np.asarray(layers.visible(
-      positions, positions, segments, segments, 3))
-  q, key, v = (np.asarray(x, np.float64) for x in (q, key, v))
-  for row in range(b):
-    for head in range(h):
-      scores = 0.3 * q[row, :, head] @ key[row, :, head // 2].T
-      scores = 2.0 * np.tanh(scores / 2.0)
-      weights = np.exp(scores) * mask[row]
-      seen = mask[row].any(-1)
-      expected = (weights @ v[row, :, head // 2])[seen] / weights.sum(
-          -1, keepdims=True)[seen]
-      np.testing.assert_allclose(
-          out[row, seen, head], expected, rtol=1e-5, atol=1e-5)
-  assert np.isfinite(out).all()
-
-
-def test_scale_is_that_of_the_queries():
-  q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 5, 2, 16))
-  at, ones = jnp.arange(5)[None], jnp.ones((1, 5), jnp.int32)
-  rest = (at, at, ones, ones)
-  np.testing.assert_allclose(
-      layers.attention(q, k, v, *rest, scale=0.5),
-      layers.attention(2 * q, k, v, *rest), rtol=1e-5, atol=1e-6)
-  # A cap beyond all scores is none.
-  np.testing.assert_allclose(
-      layers.attention(q, k, v, *rest, softcap=1e5),
-      layers.attention(q, k, v, *rest), rtol=1e-4, atol=1e-5)
-
-
-def test_rows_that_see_nothing_have_finite_capped_gradients():
-  q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 4, 2, 8))
-  positions, none = jnp.arange(4)[None], jnp.zeros((1, 4), jnp.int32)
-
-  def total(args):
-    return layers.attention(
-        *args, positions, positions, none, none, softcap=2.0).sum()
-
-  grads = jax.grad(total)((q, k, v))
-  assert all(bool(jnp.isfinite(g).all()) for g in grads)
-
-
 def test_partial_rotation_leaves_the_rest_alone():
   config = config_lib.RopeConfig(theta=100.0, partial=0.5)
   cos, sin = rope.tables(config, 8, np.array([[0, 3]]))

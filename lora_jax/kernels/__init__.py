@@ -1,0 +1,1 @@
+"""Kernels, each beside a plain path that means the same."""

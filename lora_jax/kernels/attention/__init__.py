@@ -1,0 +1,10 @@
+"""Attention: one entry point, and the implementations behind it."""
+
+from __future__ import annotations
+
+from lora_jax.kernels.attention.api import attention
+from lora_jax.kernels.attention.api import CHOICES
+from lora_jax.kernels.attention.base import Options
+from lora_jax.kernels.attention.plain import visible
+
+__all__ = ["CHOICES", "Options", "attention", "visible"]
