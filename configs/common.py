@@ -92,7 +92,16 @@ def get_config() -> config_dict.ConfigDict:
   config.mesh.tensor = 1
 
   config.compute = c()
-  config.compute.dtype = "float32"  # float32 bfloat16
+  # Number formats; the whole table is in lora_jax/train/precision.py.
+  config.compute.dtype = "float32"  # activations: float32 bfloat16 float16
+  # Unquantised base parts: norms, embeddings, head; auto is compute.dtype.
+  config.compute.base_dtype = "auto"  # auto float32 bfloat16 float16
+  # Trained parameters as stored; a step computes on float32.
+  config.compute.adapter_dtype = "float32"  # float32 bfloat16
+  config.compute.optim_dtype = "float32"  # Adam's mu: float32 bfloat16
+  # float16 only: first scale of the loss, finite steps until it doubles.
+  config.compute.loss_scale = 32768.0
+  config.compute.loss_scale_interval = 2000
   config.compute.remat = "named"  # none dots named full
   return config
 

@@ -17,6 +17,7 @@ from lora_jax.models import hf
 from lora_jax.models import remat
 from lora_jax.train import loop
 from lora_jax.train import optim as optim_lib
+from lora_jax.train import precision as precision_lib
 
 T = TypeVar("T")
 Config = Mapping[str, Any]
@@ -80,6 +81,18 @@ def optim(config: Config) -> optim_lib.OptimConfig:
   return _fields(optim_lib.OptimConfig, config["optim"]).validate()
 
 
+def precision(config: Config) -> precision_lib.Precision:
+  return _fields(precision_lib.Precision, config["compute"]).validate()
+
+
+def base_dtype(config: Config) -> str:
+  """`compute.base_dtype`, checked; configs of older runs have none."""
+  compute = config["compute"]
+  name = compute.get("base_dtype", "auto")
+  precision_lib.base_dtype(compute["dtype"], name)
+  return name
+
+
 def mesh(config: Config) -> mesh_lib.MeshConfig:
   return _fields(mesh_lib.MeshConfig, config["mesh"])
 
@@ -90,10 +103,8 @@ def check(config: Config) -> None:
   Raises:
     errors.UsageError: for the first value that cannot be.
   """
-  for build in (quant, skip, adapter, train, optim):
+  for build in (quant, skip, adapter, train, optim, precision, base_dtype):
     build(config)
-  errors.choose("compute.dtype", config["compute"]["dtype"],
-                {"float32": 0, "bfloat16": 0})
   errors.choose("compute.remat", config["compute"]["remat"], remat.POLICIES)
   for block, name, least in (
       ("data", "max_length", 2), ("data", "eval_max_length", 2),

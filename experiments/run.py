@@ -88,7 +88,8 @@ def execute(config: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
 def _execute(config, folder):
   model = api.load(
       blocks.locate(config["model"]["path"]), quant=blocks.quant(config),
-      dtype=config["compute"]["dtype"], skip=blocks.skip(config),
+      dtype=config["compute"]["dtype"],
+      base_dtype=blocks.base_dtype(config), skip=blocks.skip(config),
       chat_template=blocks.chat_template(config), mesh=blocks.mesh(config))
   rows, held_out, examples = rows_lib.datasets(model, config)
   if config["adapter"]["init_from"]:
@@ -121,6 +122,7 @@ def _execute(config, folder):
       rows, held_out, workdir=folder, config=train,
       optim=blocks.optim(config), max_length=config["data"]["max_length"],
       packing=config["data"]["packing"], remat=config["compute"]["remat"],
+      precision=blocks.precision(config),
       seed=config["seed"], sample=sample if asked else None, save_best=save)
   if held_out is None:
     save(model)

@@ -89,5 +89,15 @@ def attention(
   """
   mask = visible(
       q_positions, kv_positions, q_segments, kv_segments, window)
-  return jax.nn.dot_product_attention(
-      q, k, v, mask=mask[:, None], implementation="xla")
+  def attend(q, k, v):
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask[:, None], implementation="xla")
+
+  if q.dtype != jnp.float16:
+    return attend(q, k, v)
+
+  def wide(*qkv):
+    return attend(*(x.astype(jnp.float32) for x in qkv)).astype(q.dtype)
+
+  # XLA's CPU backend has no float16 product with a float32 sum.
+  return jax.lax.platform_dependent(q, k, v, cpu=wide, default=attend)

@@ -240,11 +240,15 @@ class _Run:
     self.clock = now
     self.line.update(number, metrics["loss"], speed)
     if number % self.config.log_every == 0 or number == self.config.steps:
-      self.metrics.write({
-          "step": number, "loss": metrics["loss"],
-          "grad_norm": metrics["grad_norm"],
+      self._write({
+          "step": number, "loss": _finite(metrics["loss"]),
+          "grad_norm": _finite(metrics["grad_norm"]),
           "lr": float(self.task.learning_rates[number - 1]),
-          "tokens": self.progress.tokens, "tokens_per_s": round(speed, 1)})
+          "tokens": self.progress.tokens, "tokens_per_s": round(speed, 1)}
+          | {k: metrics[k] for k in ("loss_scale", "skipped") if k in metrics})
+
+  def _write(self, values):
+    self.metrics.write(values)
 
   def _stop_nonfinite(self, number, metrics):
     rows = np.asarray(self.task.batches.row_indices(number - 1)).tolist()
@@ -255,7 +259,10 @@ class _Run:
     raise errors.UserError(
         f"step {number}: loss={metrics['loss']}, "
         f"grad_norm={metrics['grad_norm']} is not finite; its {len(rows)} "
-        f"rows are in {path}; lower optim.learning_rate or look at the rows "
+        f"rows are in {path}; "
+        + ("no loss scale helps; use compute.dtype=bfloat16 or float32, "
+           if "loss_scale" in metrics else "")
+        + "lower optim.learning_rate or look at the rows "
         "(earlier checkpoints are intact)")
 
   def _after(self, state, number, checkpoints):
@@ -293,8 +300,8 @@ class _Run:
              if number else "look at the weights of model.path, or use "
              "compute.dtype=float32"))
     save_rows(self.folder, number, rows)
-    self.metrics.write({"step": number, "eval_loss": rows.loss,
-                        "perplexity": rows.perplexity})
+    self._write({"step": number, "eval_loss": rows.loss,
+                 "perplexity": rows.perplexity})
     self.line.note(f"step {number}/{self.config.steps}  held-out loss "
                    f"{rows.loss:.4f}  perplexity {rows.perplexity:.3f}")
     progress = self.progress
@@ -309,6 +316,11 @@ class _Run:
   def _sample(self, params, number):
     if self.task.sample is not None:
       self.progress.samples[str(number)] = self.task.sample(params)
+
+
+def _finite(value: float) -> float | None:
+  """None, which JSON can hold, for what a skipped float16 step has."""
+  return value if math.isfinite(value) else None
 
 
 def save_rows(folder: pathlib.Path, number: int, rows: Any) -> None:
