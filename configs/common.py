@@ -91,6 +91,17 @@ def get_config() -> config_dict.ConfigDict:
   config.mesh.fsdp = 1
   config.mesh.tensor = 1
 
+  # Where metrics go beside the work directory: tensorboard, wandb, mlflow,
+  # several with commas. None of them can stop or slow a run.
+  config.log = c()
+  config.log.sinks = ""
+  config.log.project = "lora_jax"  # W&B's project, MLflow's experiment
+  config.log.name = ""  # of the run; empty is the work directory's
+  config.log.wandb_mode = "online"  # online offline
+  # Empty is MLFLOW_TRACKING_URI, else mlflow.db beside the work directory.
+  config.log.mlflow_uri = ""
+  config.log.timeout = 30.0  # seconds the end of a run waits for sinks
+
   config.compute = c()
   # Number formats; the whole table is in lora_jax/train/precision.py.
   config.compute.dtype = "float32"  # activations: float32 bfloat16 float16

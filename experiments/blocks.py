@@ -18,6 +18,7 @@ from lora_jax.models import remat
 from lora_jax.train import loop
 from lora_jax.train import optim as optim_lib
 from lora_jax.train import precision as precision_lib
+from lora_jax.train import sinks as sinks_lib
 
 T = TypeVar("T")
 Config = Mapping[str, Any]
@@ -85,6 +86,10 @@ def precision(config: Config) -> precision_lib.Precision:
   return _fields(precision_lib.Precision, config["compute"]).validate()
 
 
+def log(config: Config) -> sinks_lib.LogConfig:
+  return _fields(sinks_lib.LogConfig, config["log"]).validate()
+
+
 def base_dtype(config: Config) -> str:
   """`compute.base_dtype`, checked; configs of older runs have none."""
   compute = config["compute"]
@@ -103,7 +108,8 @@ def check(config: Config) -> None:
   Raises:
     errors.UsageError: for the first value that cannot be.
   """
-  for build in (quant, skip, adapter, train, optim, precision, base_dtype):
+  for build in (quant, skip, adapter, train, optim, precision, base_dtype,
+                log):
     build(config)
   errors.choose("compute.remat", config["compute"]["remat"], remat.POLICIES)
   for block, name, least in (

@@ -27,6 +27,7 @@ from experiments import rows as rows_lib
 from lora_jax import api
 from lora_jax import errors
 from lora_jax.train import loop
+from lora_jax.train import sinks as sinks_lib
 from lora_jax.train import workdir as workdir_lib
 
 config_flags.DEFINE_config_file(
@@ -37,7 +38,7 @@ flags.DEFINE_string(
 
 def default_workdir(name: str, config: dict[str, Any]) -> pathlib.Path:
   """`runs/<config file>-<digest of the resolved config>`."""
-  text = json.dumps(config, sort_keys=True)
+  text = json.dumps(_identity(config), sort_keys=True)
   digest = hashlib.sha256(text.encode()).hexdigest()[:8]
   return pathlib.Path("runs") / f"{name}-{digest}"
 
@@ -55,8 +56,8 @@ def open_workdir(folder: pathlib.Path, config: dict[str, Any]) -> None:
       old = json.loads(path.read_text())
     except ValueError:
       old = None  # Not ours, or older than atomic writes: start over.
-    if old is not None and old != config:
-      name, was, now = next(_differences(old, config))
+    if old is not None and _identity(old) != _identity(config):
+      name, was, now = next(_differences(_identity(old), _identity(config)))
       raise errors.UserError(
           f"{folder} holds a run with {name}={was!r}, not {now!r}; choose "
           "another --workdir, or delete it")
@@ -64,6 +65,11 @@ def open_workdir(folder: pathlib.Path, config: dict[str, Any]) -> None:
     workdir_lib.write_json(path, config)
   workdir_lib.write_json(
       folder / "environment.json", workdir_lib.environment(config["seed"]))
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+  """What of a config decides the result: not where metrics are shown."""
+  return {name: block for name, block in config.items() if name != "log"}
 
 
 def _differences(old, new, prefix=""):
@@ -81,11 +87,14 @@ def execute(config: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
   open_workdir(folder, config)
   print(f"work directory: {folder}")
   precision = "highest" if config["compute"]["dtype"] == "float32" else None
-  with jax.default_matmul_precision(precision):
-    return _execute(config, folder)
+  with (jax.default_matmul_precision(precision),
+        sinks_lib.Sinks(blocks.log(config), config) as sinks):
+    found = _execute(config, folder, sinks)
+    sinks.finish(found)
+    return found
 
 
-def _execute(config, folder):
+def _execute(config, folder, sinks):
   model = api.load(
       blocks.locate(config["model"]["path"]), quant=blocks.quant(config),
       dtype=config["compute"]["dtype"],
@@ -123,7 +132,8 @@ def _execute(config, folder):
       optim=blocks.optim(config), max_length=config["data"]["max_length"],
       packing=config["data"]["packing"], remat=config["compute"]["remat"],
       precision=blocks.precision(config),
-      seed=config["seed"], sample=sample if asked else None, save_best=save)
+      seed=config["seed"], sample=sample if asked else None, save_best=save,
+      sinks=sinks)
   if held_out is None:
     save(model)
   return finish(model, outcome, folder, [a[1:] for a in asked])

@@ -45,6 +45,7 @@ from lora_jax.models import sharding
 from lora_jax.train import loop
 from lora_jax.train import optim as optim_lib
 from lora_jax.train import precision as precision_lib
+from lora_jax.train import sinks as sinks_lib
 from lora_jax.train import step as step_lib
 
 read = sources.read
@@ -173,6 +174,7 @@ class Model:
       seed: int = 0,
       sample: Callable[[Model], list[str]] | None = None,
       save_best: Callable[[Model, int], None] | None = None,
+      sinks: sinks_lib.Sinks | None = None,
   ) -> tuple[Model, loop.Outcome]:
     """Trains the adapters; goes on from a checkpoint in `workdir`.
 
@@ -189,6 +191,7 @@ class Model:
       seed: of order and dropout.
       sample: generates texts at the start and the end.
       save_best: called with the model whenever an evaluation is the best.
+      sinks: where metrics go beside the work directory; see `sinks.Sinks`.
 
     Returns:
       The trained model, and what happened.
@@ -229,7 +232,8 @@ class Model:
         evaluate=evaluate,
         sample=sample and (lambda params: sample(model(params))),
         save_best=save_best and (
-            lambda params, step: save_best(model(params), step)))
+            lambda params, step: save_best(model(params), step)),
+        sinks=sinks or sinks_lib.Sinks())
     outcome = loop.fit(
         task, step_lib.init_state(params, precision, self.dtype), config,
         pathlib.Path(workdir))

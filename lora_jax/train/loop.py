@@ -25,6 +25,7 @@ from lora_jax.train import checkpoint as checkpoint_lib
 from lora_jax.train import compiles as compiles_lib
 from lora_jax.train import optim as optim_lib
 from lora_jax.train import progress as progress_lib
+from lora_jax.train import sinks as sinks_lib
 from lora_jax.train import step as step_lib
 from lora_jax.train import workdir as workdir_lib
 
@@ -91,6 +92,8 @@ class Task:
     evaluate: params -> row losses (`.loss`, `.perplexity`), or None.
     sample: params -> texts, or None.
     save_best: `(params, step)`, called whenever an evaluation is the best.
+    sinks: where metrics go beside `metrics.jsonl`; whoever made them finishes
+      them.
   """
 
   model: config_lib.ModelConfig
@@ -105,6 +108,7 @@ class Task:
   evaluate: Callable[[types.Tree], Any] | None = None
   sample: Callable[[types.Tree], list[str]] | None = None
   save_best: Callable[[types.Tree, int], None] | None = None
+  sinks: sinks_lib.Sinks = dataclasses.field(default_factory=sinks_lib.Sinks)
 
 
 @dataclasses.dataclass
@@ -190,9 +194,9 @@ class _Run:
       self.progress = Progress.from_meta(meta)
       self.line.note(f"going on from step {self.progress.step}")
     self.began = time.monotonic() - self.progress.seconds
-    self.metrics = workdir_lib.Metrics(
-        self.folder / "metrics.jsonl",
-        self.progress.step if restored is not None else -1)
+    before = self.progress.step if restored is not None else -1
+    self.metrics = workdir_lib.Metrics(self.folder / "metrics.jsonl", before)
+    self.task.sinks.start(self.folder, before)
     try:
       if restored is None:
         self._evaluate(state.params, 0)
@@ -249,6 +253,8 @@ class _Run:
 
   def _write(self, values):
     self.metrics.write(values)
+    self.task.sinks.scalars(values["step"], {
+        k: v for k, v in values.items() if k != "step" and v is not None})
 
   def _stop_nonfinite(self, number, metrics):
     rows = np.asarray(self.task.batches.row_indices(number - 1)).tolist()
@@ -315,7 +321,8 @@ class _Run:
 
   def _sample(self, params, number):
     if self.task.sample is not None:
-      self.progress.samples[str(number)] = self.task.sample(params)
+      texts = self.progress.samples[str(number)] = self.task.sample(params)
+      self.task.sinks.text(number, texts)
 
 
 def _finite(value: float) -> float | None:

@@ -9,6 +9,8 @@
   adapter/          PEFT format, the best step
   summary.json      the result
   loss.png          the curves
+  sinks/            ids of the run at W&B, MLflow; with log.sinks only, as are
+                    tensorboard/ and wandb/
 """
 
 from __future__ import annotations
