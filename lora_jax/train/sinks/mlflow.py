@@ -74,7 +74,7 @@ class MLflow:
     if summary is not None:
       self._client.log_dict(self._id, dict(summary), "summary.json")
       self.scalars(summary.get("steps", 0), {
-          f"summary.{key}": value for key, value in base.flat(summary)
+          f"summary/{key}": value for key, value in base.flat(summary)
           if isinstance(value, int | float)})
     self._client.set_terminated(
         self._id, "FINISHED" if summary is not None else "FAILED")

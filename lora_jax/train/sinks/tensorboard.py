@@ -5,7 +5,8 @@
 
 Written by tensorboardX, which needs neither TensorFlow nor TensorBoard. When
 a run goes on it opens a new file that begins with a mark: readers drop the
-steps after it from the files before.
+scalars from there on of the files before. They keep texts; what was written
+of those is noted in `<workdir>/sinks/tensorboard.json`.
 """
 
 from __future__ import annotations
@@ -24,11 +25,16 @@ class TensorBoard:
   def start(self, config, folder, resumed_step):
     import tensorboardX
 
+    place = folder / "tensorboard"
+    # Names hold the second only: a run killed and restarted within one would
+    # write over its file.
+    suffix = f".{len(list(place.glob('*')))}"
     self._writer: Any = tensorboardX.SummaryWriter(
-        str(folder / "tensorboard"), purge_step=resumed_step + 1,
-        flush_secs=5)
-    if resumed_step < 0:
-      self._writer.add_text("config", base.markdown(config), 0)
+        str(place), purge_step=resumed_step + 1, flush_secs=5,
+        filename_suffix=suffix)
+    self._folder = folder
+    self._written = base.recall(folder, "tensorboard")
+    self._text("config", base.markdown(config), 0)
 
   def scalars(self, step, values):
     for name, value in values.items():
@@ -36,11 +42,16 @@ class TensorBoard:
 
   def text(self, step, samples):
     for i, sample in enumerate(samples):
-      self._writer.add_text(f"samples/{i + 1}", sample, step)
+      self._text(f"samples/{i + 1}", sample, step)
 
   def finish(self, summary):
     if summary is not None:
-      # Behind the last step: a finished run that is started again drops it.
-      self._writer.add_text(
-          "summary", base.markdown(summary), summary.get("steps", 0) + 1)
+      self._text("summary", base.markdown(summary), summary.get("steps", 0))
     self._writer.close()
+
+  def _text(self, tag, text, step):
+    if self._written.get(tag, -1) < step:
+      self._writer.add_text(tag, text, step)
+      self._writer.flush()
+      self._written[tag] = step
+      base.remember(self._folder, "tensorboard", self._written)

@@ -57,7 +57,10 @@ class WandB:
 
   def finish(self, summary):
     if summary is not None:
-      self._run.summary.update(dict(summary))
+      # Under names of their own: the last row, which W&B writes when it
+      # finishes, would replace "tokens_per_s" by that of the last step.
+      self._run.summary.update(
+          {f"summary/{key}": value for key, value in summary.items()})
     self._run.finish(exit_code=0 if summary is not None else 1)
     self._mark(self._last)
 

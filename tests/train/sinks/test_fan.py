@@ -23,6 +23,7 @@ from lora_jax.train import step as step_lib
 from lora_jax.train.sinks import fan
 
 HOOKS = ("start", "scalars", "text", "finish")
+RECORDER = sinks.LogConfig(sinks="recorder")
 
 
 class Recorder:
@@ -85,7 +86,7 @@ def _step(state, frozen, base, batch, hyper, key, *, model, settings):
       "tokens": np.int32(4), "finite": np.bool_(True)}
 
 
-def fit(folder, log="", steps=4, *, monkeypatch):
+def fit(folder, log=None, steps=4, *, monkeypatch):
   """`loop.fit` with all that a sink can be told."""
   monkeypatch.setattr(step_lib, "train_step", _step)
 
@@ -97,7 +98,7 @@ def fit(folder, log="", steps=4, *, monkeypatch):
 
   folder.mkdir(exist_ok=True)
   config = {"train": {"steps": steps}, "seed": 3}
-  with sinks.Sinks(sinks.LogConfig(sinks=log, timeout=5.0), config) as fanned:
+  with sinks.Sinks(log, config) as fanned:
     task = loop.Task(
         model=None, base=None, frozen=None, batches=Batches(),
         learning_rates=np.full(steps, 0.5, np.float32),
@@ -130,7 +131,7 @@ def plain(tmp_path_factory):
 
 
 def test_a_sink_hears_everything(recorder, plain, tmp_path, monkeypatch):
-  fit(tmp_path / "run", "recorder", monkeypatch=monkeypatch)
+  fit(tmp_path / "run", RECORDER, monkeypatch=monkeypatch)
   assert recorder.calls[0] == (
       "start", {"train": {"steps": 4}, "seed": 3}, tmp_path / "run", -1)
   heard = [{"step": step, **values}
@@ -149,7 +150,7 @@ def test_a_sink_hears_everything(recorder, plain, tmp_path, monkeypatch):
 def test_a_failing_hook_costs_one_warning(
     hook, recorder, warned, plain, tmp_path, monkeypatch):
   recorder.fails = hook
-  outcome = fit(tmp_path / "run", "recorder", monkeypatch=monkeypatch)
+  outcome = fit(tmp_path / "run", RECORDER, monkeypatch=monkeypatch)
   assert lines(tmp_path / "run") == plain
   assert outcome.progress.step == 4
   assert len(warned) == 1
@@ -162,7 +163,8 @@ def test_a_missing_package_costs_one_warning(
     recorder, warned, plain, tmp_path, monkeypatch):
   for package in ("tensorboardX", "wandb", "mlflow"):
     monkeypatch.setitem(__import__("sys").modules, package, None)
-  fit(tmp_path / "run", "tensorboard,wandb,mlflow,recorder",
+  fit(tmp_path / "run",
+      sinks.LogConfig(sinks="tensorboard,wandb,mlflow,recorder"),
       monkeypatch=monkeypatch)
   assert lines(tmp_path / "run") == plain
   assert len(warned) == 3 and all("Error: " in x for x in warned)
