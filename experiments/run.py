@@ -20,6 +20,7 @@ from absl import flags
 import jax
 from ml_collections import config_flags
 
+from configs import common
 from experiments import blocks
 from experiments import cli
 from experiments import report
@@ -68,8 +69,20 @@ def open_workdir(folder: pathlib.Path, config: dict[str, Any]) -> None:
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
-  """What of a config decides the result: not where metrics are shown."""
-  return {name: block for name, block in config.items() if name != "log"}
+  """What of a config decides the result: not where metrics are shown.
+
+  A field that the run's version did not have yet has its default.
+  """
+  whole = _filled(config, common.get_config().to_dict())
+  return {name: block for name, block in whole.items() if name != "log"}
+
+
+def _filled(config: Any, defaults: Any) -> Any:
+  if not isinstance(config, dict) or not isinstance(defaults, dict):
+    return config
+  return defaults | {
+      name: _filled(value, defaults.get(name))
+      for name, value in config.items()}
 
 
 def _differences(old, new, prefix=""):
