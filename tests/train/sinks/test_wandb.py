@@ -97,5 +97,5 @@ def test_without_credentials_it_is_dropped(tmp_path, monkeypatch):
   test_fan.fit(tmp_path / "run", sinks.LogConfig(sinks="wandb"),
                monkeypatch=monkeypatch)
   assert len(warned) == 1
-  assert "wandb is dropped" in warned[0]
+  assert "wandb is dropped (RuntimeError: no credentials; run" in warned[0]
   assert len(test_fan.lines(tmp_path / "run")) == 7
