@@ -12,8 +12,8 @@ from tests.experiments import test_resume
 RUN = dict(
     variant=":quant=int8", compute__dtype="float16",
     compute__adapter_dtype="bfloat16", compute__optim_dtype="bfloat16",
-    compute__base_dtype="float32", compute__loss_scale=2.0**24,
-    compute__loss_scale_interval=2, train__steps=12,
+    compute__base_dtype="float32", compute__loss_scale=2.0**17,
+    compute__loss_scale_interval=2, train__steps=9,
     train__checkpoint_every=4, optim__learning_rate=0.01)
 
 
@@ -35,7 +35,7 @@ def test_float16_goes_on_bit_by_bit(run_command, tmp_path):
   ratios = {b / a for a, b in itertools.pairwise(scales)}
   assert ratios == {0.5, 1.0, 2.0}
   skipped = [x["skipped"] for x in steps]
-  assert skipped == sorted(skipped) and 0 < skipped[-1] < 10
+  assert skipped == sorted(skipped) and 2 <= skipped[-1] <= 6
   assert all((x["grad_norm"] is None) == (now > before) for x, before, now in
              zip(steps, [0, *skipped], skipped))
   found = json.loads((tmp_path / "whole/summary.json").read_text())

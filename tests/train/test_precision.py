@@ -217,11 +217,11 @@ def test_stochastic_rounding(value, down, up, share):
 
 
 def test_infinities_are_stored():
-  like = jnp.zeros(3, jnp.bfloat16)
-  got = precision.store(
-      KEY, jnp.array([np.inf, -np.inf, np.nan], jnp.float32), like)
-  np.testing.assert_array_equal(
-      np.asarray(got, np.float32), [np.inf, -np.inf, np.nan])
+  like = jnp.zeros(4, jnp.bfloat16)
+  values = np.array([np.inf, -np.inf, np.nan, np.nan], np.float32)
+  values.view(np.uint32)[3] = 0x7FFFFFFF  # A carry would make it -0.
+  got = precision.store(KEY, jnp.asarray(values), like)
+  np.testing.assert_array_equal(np.asarray(got, np.float32), values)
 
 
 @struct.dataclass
