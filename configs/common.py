@@ -100,9 +100,28 @@ def get_config() -> config_dict.ConfigDict:
   config.distributed.coordinator = ""
   config.distributed.processes = 0
   config.distributed.process = -1
+  # Where metrics go beside the work directory: tensorboard, wandb, mlflow,
+  # several with commas. None of them can stop or slow a run.
+  config.log = c()
+  config.log.sinks = ""
+  config.log.project = "lora_jax"  # W&B's project, MLflow's experiment
+  config.log.name = ""  # of the run; empty is the work directory's
+  config.log.wandb_mode = "online"  # online offline
+  # Empty is MLFLOW_TRACKING_URI, else mlflow.db beside the work directory.
+  config.log.mlflow_uri = ""
+  config.log.timeout = 30.0  # seconds the end of a run waits for sinks
 
   config.compute = c()
-  config.compute.dtype = "float32"  # float32 bfloat16
+  # Number formats; the whole table is in lora_jax/train/precision.py.
+  config.compute.dtype = "float32"  # activations: float32 bfloat16 float16
+  # Unquantised base parts: norms, embeddings, head; auto is compute.dtype.
+  config.compute.base_dtype = "auto"  # auto float32 bfloat16 float16
+  # Trained parameters as stored; a step computes on float32.
+  config.compute.adapter_dtype = "float32"  # float32 bfloat16
+  config.compute.optim_dtype = "float32"  # Adam's mu: float32 bfloat16
+  # float16 only: first scale of the loss, finite steps until it doubles.
+  config.compute.loss_scale = 32768.0
+  config.compute.loss_scale_interval = 2000
   config.compute.remat = "named"  # none dots named full
   # auto plain cudnn tokamax splash; auto takes the fastest that can.
   config.compute.attention = "auto"

@@ -18,6 +18,8 @@ from lora_jax.models import hf
 from lora_jax.models import remat
 from lora_jax.train import loop
 from lora_jax.train import optim as optim_lib
+from lora_jax.train import precision as precision_lib
+from lora_jax.train import sinks as sinks_lib
 
 T = TypeVar("T")
 Config = Mapping[str, Any]
@@ -81,6 +83,22 @@ def optim(config: Config) -> optim_lib.OptimConfig:
   return _fields(optim_lib.OptimConfig, config["optim"]).validate()
 
 
+def precision(config: Config) -> precision_lib.Precision:
+  return _fields(precision_lib.Precision, config["compute"]).validate()
+
+
+def log(config: Config) -> sinks_lib.LogConfig:
+  return _fields(sinks_lib.LogConfig, config["log"]).validate()
+
+
+def base_dtype(config: Config) -> str:
+  """`compute.base_dtype`, checked; configs of older runs have none."""
+  compute = config["compute"]
+  name = compute.get("base_dtype", "auto")
+  precision_lib.base_dtype(compute["dtype"], name)
+  return name
+
+
 def mesh(config: Config) -> mesh_lib.MeshConfig:
   return _fields(mesh_lib.MeshConfig, config["mesh"])
 
@@ -91,10 +109,9 @@ def check(config: Config) -> None:
   Raises:
     errors.UsageError: for the first value that cannot be.
   """
-  for build in (quant, skip, adapter, train, optim):
+  for build in (quant, skip, adapter, train, optim, precision, base_dtype,
+                log):
     build(config)
-  errors.choose("compute.dtype", config["compute"]["dtype"],
-                {"float32": 0, "bfloat16": 0})
   errors.choose("compute.remat", config["compute"]["remat"], remat.POLICIES)
   errors.choose("compute.attention", config["compute"]["attention"],
                 attention.CHOICES)

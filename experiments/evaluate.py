@@ -49,7 +49,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
       "every row.", **own)
   flags.DEFINE_string("output", None, "The .jsonl file to write.", **own)
   flags.DEFINE_string(
-      "dtype", "float32", "Compute type: float32, bfloat16.", **own)
+      "dtype", "float32", "Compute type: float32, bfloat16, float16.", **own)
   flags.DEFINE_integer(
       "batch_tokens", 2048, "Tokens of a batch, padding included; it bounds "
       "the memory. A longer row is a batch of its own.", **own)

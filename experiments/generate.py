@@ -42,7 +42,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   flags.DEFINE_boolean(
       "raw", False, "Continue the prompt as plain text.", **own)
   flags.DEFINE_string("system", None, "A system message.", **own)
-  flags.DEFINE_string("dtype", None, "Compute type: float32, bfloat16.", **own)
+  flags.DEFINE_string(
+      "dtype", None, "Compute type: float32, bfloat16, float16.", **own)
 
 
 def encode(

@@ -20,6 +20,7 @@ from absl import flags
 import jax
 from ml_collections import config_flags
 
+from configs import common
 from experiments import blocks
 from experiments import cli
 from experiments import report
@@ -28,6 +29,7 @@ from lora_jax import api
 from lora_jax import errors
 from lora_jax import processes
 from lora_jax.train import loop
+from lora_jax.train import sinks as sinks_lib
 from lora_jax.train import workdir as workdir_lib
 
 config_flags.DEFINE_config_file(
@@ -38,7 +40,7 @@ flags.DEFINE_string(
 
 def default_workdir(name: str, config: dict[str, Any]) -> pathlib.Path:
   """`runs/<config file>-<digest of the resolved config>`."""
-  text = json.dumps(config, sort_keys=True)
+  text = json.dumps(_identity(config), sort_keys=True)
   digest = hashlib.sha256(text.encode()).hexdigest()[:8]
   return pathlib.Path("runs") / f"{name}-{digest}"
 
@@ -56,8 +58,8 @@ def open_workdir(folder: pathlib.Path, config: dict[str, Any]) -> None:
       old = json.loads(path.read_text())
     except ValueError:
       old = None  # Not ours, or older than atomic writes: start over.
-    if old is not None and _result(old) != _result(config):
-      name, was, now = next(_differences(_result(old), _result(config)))
+    if old is not None and _identity(old) != _identity(config):
+      name, was, now = next(_differences(_identity(old), _identity(config)))
       raise errors.UserError(
           f"{folder} holds a run with {name}={was!r}, not {now!r}; choose "
           "another --workdir, or delete it")
@@ -66,9 +68,23 @@ def open_workdir(folder: pathlib.Path, config: dict[str, Any]) -> None:
       folder / "environment.json", workdir_lib.environment(config["seed"]))
 
 
-def _result(config):
-  """What a result depends on: a run may go on on other devices."""
-  return {k: v for k, v in config.items() if k != "mesh"}
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+  """What of a config decides the result.
+
+  Not where metrics are shown, and not the devices: a run may go on on others.
+  A field that the run's version did not have yet has its default.
+  """
+  whole = _filled(config, common.get_config().to_dict())
+  return {name: block for name, block in whole.items()
+          if name not in ("log", "mesh", "distributed")}
+
+
+def _filled(config: Any, defaults: Any) -> Any:
+  if not isinstance(config, dict) or not isinstance(defaults, dict):
+    return config
+  return defaults | {
+      name: _filled(value, defaults.get(name))
+      for name, value in config.items()}
 
 
 def _differences(old, new, prefix=""):
@@ -89,14 +105,18 @@ def execute(config: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
   open_workdir(folder, config)
   print(f"work directory: {folder}")
   precision = "highest" if config["compute"]["dtype"] == "float32" else None
-  with jax.default_matmul_precision(precision):
-    return _execute(config, folder)
+  with (jax.default_matmul_precision(precision),
+        sinks_lib.Sinks(blocks.log(config), config) as sinks):
+    found = _execute(config, folder, sinks)
+    sinks.finish(found)
+    return found
 
 
-def _execute(config, folder):
+def _execute(config, folder, sinks):
   model = api.load(
       blocks.locate(config["model"]["path"]), quant=blocks.quant(config),
-      dtype=config["compute"]["dtype"], skip=blocks.skip(config),
+      dtype=config["compute"]["dtype"],
+      base_dtype=blocks.base_dtype(config), skip=blocks.skip(config),
       chat_template=blocks.chat_template(config), mesh=blocks.mesh(config),
       attention=config["compute"]["attention"])
   rows, held_out, examples = rows_lib.datasets(model, config)
@@ -130,7 +150,9 @@ def _execute(config, folder):
       rows, held_out, workdir=folder, config=train,
       optim=blocks.optim(config), max_length=config["data"]["max_length"],
       packing=config["data"]["packing"], remat=config["compute"]["remat"],
-      seed=config["seed"], sample=sample if asked else None, save_best=save)
+      precision=blocks.precision(config),
+      seed=config["seed"], sample=sample if asked else None, save_best=save,
+      sinks=sinks)
   if held_out is None:
     save(model)
   if not processes.writes():

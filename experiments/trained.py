@@ -14,11 +14,12 @@ from lora_jax import api
 from lora_jax import errors
 from lora_jax import quant
 from lora_jax.data import places
+from lora_jax.train import precision
 
 # What is defined here counts as the command's own in its --help.
 flags.disclaim_key_flags()
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = precision.COMPUTE
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -98,7 +99,8 @@ def from_workdir(folder: str, dtype: str | None = None) -> api.Model:
     _exists(path / "adapter", path)
   model = api.load(
       blocks.locate(config["model"]["path"]), quant=blocks.quant(config),
-      dtype=dtype, skip=blocks.skip(config),
+      dtype=dtype, base_dtype=blocks.base_dtype(config),
+      skip=blocks.skip(config),
       chat_template=blocks.chat_template(config), mesh=blocks.mesh(config))
   return model if method == "none" else model.with_adapter(path / "adapter")
 

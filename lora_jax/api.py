@@ -45,6 +45,8 @@ from lora_jax.models import load as load_lib
 from lora_jax.models import sharding
 from lora_jax.train import loop
 from lora_jax.train import optim as optim_lib
+from lora_jax.train import precision as precision_lib
+from lora_jax.train import sinks as sinks_lib
 from lora_jax.train import step as step_lib
 
 read = sources.read
@@ -62,7 +64,7 @@ class Model:
     tokenizer: a transformers tokenizer.
     fingerprint: sha256 of the source's tensors.
     source: the path or name it was loaded from.
-    dtype: compute type, `float32` or `bfloat16`.
+    dtype: compute type, one of `precision.COMPUTE`.
     adapters: whole adapter tree; empty before `adapt`.
     adapter_config: what the adapters were made from.
     peft_config: `adapter_config.json` of an adapter that was read.
@@ -179,9 +181,11 @@ class Model:
       max_length: int | None = None,
       packing: bool = True,
       remat: str = "named",
+      precision: precision_lib.Precision | None = None,
       seed: int = 0,
       sample: Callable[[Model], list[str]] | None = None,
       save_best: Callable[[Model, int], None] | None = None,
+      sinks: sinks_lib.Sinks | None = None,
   ) -> tuple[Model, loop.Outcome]:
     """Trains the adapters; goes on from a checkpoint in `workdir`.
 
@@ -194,9 +198,11 @@ class Model:
       max_length: tokens of a batch row; the longest of `rows` by default.
       packing: several examples a row.
       remat: what the backward pass keeps, a key of `models.remat.POLICIES`.
+      precision: how the state is stored, and float16's loss scale.
       seed: of order and dropout.
       sample: generates texts at the start and the end.
       save_best: called with the model whenever an evaluation is the best.
+      sinks: where metrics go beside the work directory; see `sinks.Sinks`.
 
     Returns:
       The trained model, and what happened.
@@ -206,6 +212,7 @@ class Model:
     """
     config = (config or loop.TrainConfig()).validate()
     optim = (optim or optim_lib.OptimConfig()).validate()
+    precision = (precision or precision_lib.Precision()).validate()
     params, frozen = adapters_lib.split(self.adapters)
     if config.steps and not jax.tree.leaves(params):
       raise errors.UsageError(
@@ -214,7 +221,8 @@ class Model:
 
     def model(params):
       return dataclasses.replace(
-          self, adapters=adapters_lib.join(params, frozen))
+          self, adapters=adapters_lib.join(
+              precision_lib.widen(params), frozen))
 
     evaluate = None if held_out is None else (
         lambda params: model(params).evaluate(
@@ -228,17 +236,19 @@ class Model:
         optim=optim,
         settings=step_lib.Settings(
             dtype=self.dtype, remat=remat,
-            noise=self.adapter_config.dropout > 0, mesh=self.mesh,
+            noise=self.adapter_config.dropout > 0,
+            optim_dtype=precision.optim_dtype, mesh=self.mesh,
             attention=self._attention("packed" if packing else "single")),
         key=jax.random.key(seed),
         place=self._place_batch,
         evaluate=evaluate,
         sample=sample and (lambda params: sample(model(params))),
         save_best=save_best and (
-            lambda params, step: save_best(model(params), step)))
+            lambda params, step: save_best(model(params), step)),
+        sinks=sinks or sinks_lib.Sinks())
     outcome = loop.fit(
-        task, self._place(step_lib.init_state(params)), config,
-        pathlib.Path(workdir))
+        task, self._place(step_lib.init_state(params, precision, self.dtype)),
+        config, pathlib.Path(workdir))
     return model(outcome.state.params), outcome
 
   def generate(
@@ -315,6 +325,7 @@ def load(
     path: str, *,
     quant: str | quant_lib.QuantSpec = "none",
     dtype: str = "float32",
+    base_dtype: str = "auto",
     skip: Sequence[str] = load_lib.SKIP,
     chat_template: str | None = None,
     mesh: mesh_lib.MeshConfig | None = None,
@@ -325,7 +336,8 @@ def load(
   Args:
     path: a Hugging Face folder, a `.gguf` file, or a hub name.
     quant: a format's name, or a whole spec.
-    dtype: compute type, and the type of what is not quantised.
+    dtype: compute type, one of `precision.COMPUTE`.
+    base_dtype: of what is not quantised; "auto" is `dtype`.
     skip: targets that are not quantised.
     chat_template: Jinja text, if the tokenizer's own is not wanted.
     mesh: how to spread over devices; all of them by default.
@@ -334,14 +346,14 @@ def load(
   Raises:
     errors.UserError: see `models.load.load`.
   """
-  errors.choose("compute.dtype", dtype, {"float32": 0, "bfloat16": 0})
+  stored = precision_lib.base_dtype(dtype, base_dtype)
   errors.choose("compute.attention", attention, attention_lib.CHOICES)
   if isinstance(quant, str):
     quant = quant_lib.QuantSpec(format=quant)
   source = load_lib.open_source(path)
   devices = mesh_lib.make(mesh or mesh_lib.MeshConfig())
   spread = devices if devices.size > 1 else None
-  loaded = load_lib.convert(source, quant, dtype, skip, spread)
+  loaded = load_lib.convert(source, quant, stored, skip, spread)
   tokenizer = tokenizer_lib.load(source.label, chat_template)
   return Model(
       config=loaded.config, base=loaded.base, tokenizer=tokenizer,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import contextlib
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -64,7 +65,8 @@ class Checkpoints:
     try:
       with _quiet():
         self._manager.save(step, args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)))
+            state=ocp.args.StandardSave(_present(state)),
+            meta=ocp.args.JsonSave(meta)))
         self._manager.wait_until_finished()
     except Exception as error:
       reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -92,10 +94,14 @@ class Checkpoints:
     steps = self.steps()
     if not steps:
       return None
-    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    target = jax.tree.map(
+        ocp.utils.to_shape_dtype_struct, _present(like))
     restored = self._manager.restore(steps[-1], args=ocp.args.Composite(
         state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore()))
-    return restored["state"], restored["meta"]
+    state = restored["state"]
+    if dataclasses.is_dataclass(like):
+      state = dataclasses.replace(like, **state)  # type: ignore[type-var]
+    return state, restored["meta"]
 
   def close(self) -> None:
     self._manager.close()
@@ -118,6 +124,18 @@ class Checkpoints:
       logging.warning(
           "checkpoint %s is damaged or unfinished: moved to %s; the newest "
           "sound one is used", path, aside.name)
+
+
+def _present(state: types.Tree) -> types.Tree:
+  """A dataclass by field, without those that are None.
+
+  A field that a later version adds is then no reason not to read what an
+  earlier one has written.
+  """
+  if not dataclasses.is_dataclass(state):
+    return state
+  fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+  return {name: value for name, value in fields.items() if value is not None}
 
 
 @contextlib.contextmanager

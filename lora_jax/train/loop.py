@@ -25,6 +25,7 @@ from lora_jax.train import checkpoint as checkpoint_lib
 from lora_jax.train import compiles as compiles_lib
 from lora_jax.train import optim as optim_lib
 from lora_jax.train import progress as progress_lib
+from lora_jax.train import sinks as sinks_lib
 from lora_jax.train import step as step_lib
 from lora_jax.train import workdir as workdir_lib
 
@@ -91,6 +92,8 @@ class Task:
     evaluate: params -> row losses (`.loss`, `.perplexity`), or None.
     sample: params -> texts, or None.
     save_best: `(params, step)`, called whenever an evaluation is the best.
+    sinks: where metrics go beside `metrics.jsonl`; whoever made them finishes
+      them.
   """
 
   model: config_lib.ModelConfig
@@ -105,6 +108,7 @@ class Task:
   evaluate: Callable[[types.Tree], Any] | None = None
   sample: Callable[[types.Tree], list[str]] | None = None
   save_best: Callable[[types.Tree, int], None] | None = None
+  sinks: sinks_lib.Sinks = dataclasses.field(default_factory=sinks_lib.Sinks)
 
 
 @dataclasses.dataclass
@@ -190,9 +194,9 @@ class _Run:
       self.progress = Progress.from_meta(meta)
       self.line.note(f"going on from step {self.progress.step}")
     self.began = time.monotonic() - self.progress.seconds
-    self.metrics = workdir_lib.metrics(
-        self.folder / "metrics.jsonl",
-        self.progress.step if restored is not None else -1)
+    before = self.progress.step if restored is not None else -1
+    self.metrics = workdir_lib.metrics(self.folder / "metrics.jsonl", before)
+    self.task.sinks.start(self.folder, before)
     try:
       if restored is None:
         self._evaluate(state.params, 0)
@@ -240,11 +244,17 @@ class _Run:
     self.clock = now
     self.line.update(number, metrics["loss"], speed)
     if number % self.config.log_every == 0 or number == self.config.steps:
-      self.metrics.write({
-          "step": number, "loss": metrics["loss"],
-          "grad_norm": metrics["grad_norm"],
+      self._write({
+          "step": number, "loss": _finite(metrics["loss"]),
+          "grad_norm": _finite(metrics["grad_norm"]),
           "lr": float(self.task.learning_rates[number - 1]),
-          "tokens": self.progress.tokens, "tokens_per_s": round(speed, 1)})
+          "tokens": self.progress.tokens, "tokens_per_s": round(speed, 1)}
+          | {k: metrics[k] for k in ("loss_scale", "skipped") if k in metrics})
+
+  def _write(self, values):
+    self.metrics.write(values)
+    self.task.sinks.scalars(values["step"], {
+        k: v for k, v in values.items() if k != "step" and v is not None})
 
   def _stop_nonfinite(self, number, metrics):
     rows = np.asarray(self.task.batches.row_indices(number - 1)).tolist()
@@ -255,7 +265,10 @@ class _Run:
     raise errors.UserError(
         f"step {number}: loss={metrics['loss']}, "
         f"grad_norm={metrics['grad_norm']} is not finite; its {len(rows)} "
-        f"rows are in {path}; lower optim.learning_rate or look at the rows "
+        f"rows are in {path}; "
+        + ("no loss scale helps; use compute.dtype=bfloat16 or float32, "
+           if "loss_scale" in metrics else "")
+        + "lower optim.learning_rate or look at the rows "
         "(earlier checkpoints are intact)")
 
   def _after(self, state, number, checkpoints):
@@ -293,8 +306,8 @@ class _Run:
              if number else "look at the weights of model.path, or use "
              "compute.dtype=float32"))
     save_rows(self.folder, number, rows)
-    self.metrics.write({"step": number, "eval_loss": rows.loss,
-                        "perplexity": rows.perplexity})
+    self._write({"step": number, "eval_loss": rows.loss,
+                 "perplexity": rows.perplexity})
     self.line.note(f"step {number}/{self.config.steps}  held-out loss "
                    f"{rows.loss:.4f}  perplexity {rows.perplexity:.3f}")
     progress = self.progress
@@ -308,7 +321,13 @@ class _Run:
 
   def _sample(self, params, number):
     if self.task.sample is not None:
-      self.progress.samples[str(number)] = self.task.sample(params)
+      texts = self.progress.samples[str(number)] = self.task.sample(params)
+      self.task.sinks.text(number, texts)
+
+
+def _finite(value: float) -> float | None:
+  """None, which JSON can hold, for what a skipped float16 step has."""
+  return value if math.isfinite(value) else None
 
 
 def save_rows(folder: pathlib.Path, number: int, rows: Any) -> None:

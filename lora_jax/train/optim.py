@@ -150,11 +150,19 @@ def decay_mask(params: types.Tree) -> types.Tree:
   return jax.tree_util.tree_map_with_path(matrix, params)
 
 
-def transform(values: Hyper) -> optax.GradientTransformation:
-  """AdamW (arXiv 1711.05101) after clipping by global norm."""
+def transform(
+    values: Hyper, mu_dtype: str = "float32"
+) -> optax.GradientTransformation:
+  """AdamW (arXiv 1711.05101) after clipping by global norm.
+
+  Args:
+    values: traced.
+    mu_dtype: how the first moment is stored.
+  """
   return optax.chain(
       optax.clip_by_global_norm(values.clip_norm),
-      optax.scale_by_adam(values.b1, values.b2, values.eps),
+      optax.scale_by_adam(
+          values.b1, values.b2, values.eps, mu_dtype=mu_dtype),
       optax.add_decayed_weights(values.weight_decay, decay_mask),
       optax.scale(-values.learning_rate),
   )

@@ -20,6 +20,7 @@ from lora_jax.models import decoder
 from lora_jax.models import sharding
 from lora_jax.train import loss
 from lora_jax.train import optim
+from lora_jax.train import precision as precision_lib
 
 
 @struct.dataclass
@@ -28,13 +29,15 @@ class TrainState:
 
   Attributes:
     step: int32 scalar, steps done.
-    params: trainable part of the adapters, float32.
+    params: trainable part of the adapters, float32 or as stored.
     opt_state: optax state.
+    loss_scale: of float16 activations, else None.
   """
 
   step: types.Array
   params: types.Tree
   opt_state: types.Tree
+  loss_scale: precision_lib.LossScale | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +45,10 @@ class Settings:
   """Static choices of the program.
 
   Attributes:
-    dtype: compute type of activations, `float32` or `bfloat16`.
+    dtype: compute type of activations, one of `precision.COMPUTE`.
     remat: a key of `models.remat.POLICIES`.
     noise: whether the adapters' dropout is drawn.
+    optim_dtype: how Adam's first moment is stored.
     mesh: the devices that the trees are spread over, or None for one.
     attention: what computes attention, and the layout of the rows.
   """
@@ -52,17 +56,31 @@ class Settings:
   dtype: str = "float32"
   remat: str = "named"
   noise: bool = False
+  optim_dtype: str = "float32"
   mesh: Mesh | None = None
   attention: attention_lib.Options = attention_lib.Options(layout="packed")
 
 
-def init_state(params: types.Tree) -> TrainState:
-  """State before the first step; `params` is copied (steps donate it)."""
-  params = jax.tree.map(jnp.array, params)
+def init_state(
+    params: types.Tree,
+    precision: precision_lib.Precision | None = None,
+    dtype: str = "float32",
+) -> TrainState:
+  """State before the first step; `params` is copied (steps donate it).
+
+  Args:
+    params: trainable part of the adapters, float32.
+    precision: how the state is stored.
+    dtype: compute type of activations.
+  """
+  precision = precision or precision_lib.Precision()
   zero = optim.Hyper(*([jnp.float32(0)] * 6))
   return TrainState(
-      step=jnp.int32(0), params=params,
-      opt_state=optim.transform(zero).init(params))
+      step=jnp.int32(0),
+      params=jax.tree.map(
+          lambda p: jnp.array(p, precision.adapter_dtype), params),
+      opt_state=optim.transform(zero, precision.optim_dtype).init(params),
+      loss_scale=precision_lib.loss_scale(precision, dtype))
 
 
 def weighted_sum(
@@ -120,7 +138,8 @@ def weighted_sum(
       model.vocab_size, mesh_lib.ways(settings.mesh))
 
 
-def loss_and_grads(params, frozen, base, batch, key, *, model, settings):
+def loss_and_grads(
+    params, frozen, base, batch, key, *, model, settings, scale=None):
   """Loss normalised by the batch's weight, and its gradient.
 
   Args:
@@ -128,11 +147,18 @@ def loss_and_grads(params, frozen, base, batch, key, *, model, settings):
     batch: `[a, b, t]`; micro-batches are accumulated. The weight of all of
       them is the denominator, so that the split into micro-batches and the
       padding in each change nothing.
+    scale: `[]`, what the loss is multiplied by while it is differentiated,
+      or None.
 
   Returns:
-    (float32 scalar, tree like `params`).
+    (float32 scalar, tree like `params`), unscaled.
   """
   total = jnp.maximum(jnp.sum(batch.loss_weights), 1e-9)
+  if scale is not None:
+    # In the weights, since the head's gradient is taken in the forward pass,
+    # and of the mean: the sum's gradient would leave float16's range.
+    batch = batch.replace(loss_weights=batch.loss_weights * (scale / total))
+    total = scale
   value_and_grad = jax.value_and_grad(weighted_sum)
 
   def micro(carry, part):
@@ -161,7 +187,9 @@ def train_step(
   """One step.
 
   A step whose loss or gradient is not finite changes nothing but the
-  counter, so that the state stays fit to be saved and looked at.
+  counter, so that the state stays fit to be saved and looked at. In float16
+  it is skipped and the loss scale halved; it only counts as not finite once
+  the scale has fallen below `precision.MIN_SCALE`.
 
   Args:
     state: donated.
@@ -174,16 +202,20 @@ def train_step(
     settings: static.
 
   Returns:
-    The next state, and scalars `loss`, `grad_norm`, `tokens`, `finite`.
+    The next state, and scalars `loss`, `grad_norm`, `tokens`, `finite`; in
+    float16 also `loss_scale` and `skipped`, the steps skipped so far.
   """
+  key = jax.random.fold_in(key, state.step)
+  wide, scaling = precision_lib.widen(state.params), state.loss_scale
   value, grads = loss_and_grads(
-      state.params, frozen, base, batch,
-      jax.random.fold_in(key, state.step), model=model, settings=settings)
+      wide, frozen, base, batch, key, model=model, settings=settings,
+      scale=None if scaling is None else scaling.scale)
   norm = optax.global_norm(grads)
   finite = jnp.isfinite(value) & jnp.isfinite(norm)
-  updates, opt_state = optim.transform(hyper).update(
-      grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  updates, opt_state = optim.transform(hyper, settings.optim_dtype).update(
+      grads, state.opt_state, wide)
+  params = precision_lib.store(
+      key, optax.apply_updates(wide, updates), state.params)
   params, opt_state = jax.tree.map(
       lambda new, old: jnp.where(finite, new, old),
       (params, opt_state), (state.params, state.opt_state))
@@ -195,4 +227,10 @@ def train_step(
       "tokens": jnp.sum(batch.segment_ids > 0),
       "finite": finite,
   }
-  return TrainState(state.step + 1, params, opt_state), metrics
+  if scaling is not None:
+    after = precision_lib.adjust(scaling, finite)
+    metrics |= {
+        "loss_scale": scaling.scale, "skipped": after.skipped,
+        "finite": finite | (after.scale >= precision_lib.MIN_SCALE)}
+    scaling = after
+  return TrainState(state.step + 1, params, opt_state, scaling), metrics

@@ -9,6 +9,8 @@
   adapter/          PEFT format, the best step
   summary.json      the result
   loss.png          the curves
+  sinks/            ids of the run at W&B, MLflow; with log.sinks only, as are
+                    tensorboard/ and wandb/
 
 Of several processes one writes (`processes.writes`); in the others the
 functions of this module do nothing.

@@ -44,6 +44,15 @@ USAGE = {
     "dtype": (
         {"compute__dtype": "float33"}, 'compute.dtype="float33" is unknown; '
         'did you mean "float32"?'),
+    "base dtype": (
+        {"compute__base_dtype": "flaot16"}, "compute.base_dtype",
+        'did you mean "float16"?'),
+    "adapter dtype": (
+        {"compute__adapter_dtype": "float16"},
+        'compute.adapter_dtype="float16" is unknown'),
+    "sink": (
+        {"log__sinks": "tensorboard,wandbb"}, 'log.sinks="wandbb" is unknown; '
+        'did you mean "wandb"?'),
     "remat": (
         {"compute__remat": "name"}, 'compute.remat="name" is unknown; did you '
         'mean "named"?'),

@@ -52,12 +52,23 @@ def refuses(call: base.Call) -> str | None:
 
 def run(call: base.Call) -> types.Array:
   """`softmax(mask(cap(scale q k^T))) v`, the softmax in float32."""
-  if call.softcap is None:
-    return jax.nn.dot_product_attention(
-        call.q, call.k, call.v, mask=mask(call), scale=call.scale,
-        implementation="xla")
-  return _capped(
-      call.q, call.k, call.v, mask(call), call.scale, call.softcap)
+  seen = mask(call)
+
+  def attend(q, k, v):
+    if call.softcap is None:
+      return jax.nn.dot_product_attention(
+          q, k, v, mask=seen, scale=call.scale, implementation="xla")
+    return _capped(q, k, v, seen, call.scale, call.softcap)
+
+  def wide(*operands):
+    out = attend(*(x.astype(jnp.float32) for x in operands))
+    return out.astype(call.q.dtype)
+
+  if call.q.dtype != jnp.float16:
+    return attend(call.q, call.k, call.v)
+  # XLA's CPU backend has no float16 product with a float32 sum.
+  return jax.lax.platform_dependent(
+      call.q, call.k, call.v, cpu=wide, default=attend)
 
 
 def _capped(q, k, v, seen, scale, softcap):
