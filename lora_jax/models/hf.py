@@ -43,6 +43,8 @@ OUTER: dict[str, str] = {
 }
 DTYPES = ("F32", "BF16", "F16")
 INDEX = "model.safetensors.index.json"
+# What says how the tensors are to be read.
+SETTINGS = ("config.json", INDEX, "quantize_config.json", "quant_config.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +174,7 @@ class Folder:
     config: the model's.
     label: what messages call it.
     tensors: file of each tensor, by name.
+    files: all that is read.
   """
 
   def __init__(self, path: pathlib.Path):
@@ -184,6 +187,9 @@ class Folder:
     file = path / "config.json"
     self.config = registry.from_hf(_json(file), str(file))
     self.tensors = _index(path)
+    self.files = [
+        *(path / name for name in SETTINGS if (path / name).exists()),
+        *sorted(set(self.tensors.values()))]
 
   def read(self, name: str) -> Tensor:
     """One tensor; the file is open, and mapped, for this call only.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 from jax.sharding import Mesh
+from jax.sharding import NamedSharding
 
 from lora_jax import mesh as mesh_lib
 from lora_jax import trees
@@ -43,12 +44,16 @@ def _logical(path: str, ndim: int) -> tuple[str | None, ...]:
   return ()
 
 
+def named(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
+  """Where the leaf of `shape` at a dotted path of a tree lives."""
+  logical = _logical(path, len(shape))
+  logical = logical if len(logical) <= len(shape) else ()
+  return NamedSharding(mesh, mesh_lib.spec(mesh, shape, logical))
+
+
 def put(mesh: Mesh, tree: types.Tree) -> types.Tree:
   """A base, adapters or optimiser states on the mesh, leaf by leaf."""
 
-  def place(path, leaf):
-    logical = _logical(trees.path_str(path), leaf.ndim)
-    logical = logical if len(logical) <= leaf.ndim else ()
-    return mesh_lib.put(mesh, leaf, logical)
-
-  return jax.tree_util.tree_map_with_path(place, tree)
+  return jax.tree_util.tree_map_with_path(
+      lambda path, leaf: jax.device_put(
+          leaf, named(mesh, trees.path_str(path), leaf.shape)), tree)
