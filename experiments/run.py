@@ -89,7 +89,8 @@ def _execute(config, folder):
   model = api.load(
       blocks.locate(config["model"]["path"]), quant=blocks.quant(config),
       dtype=config["compute"]["dtype"], skip=blocks.skip(config),
-      chat_template=blocks.chat_template(config), mesh=blocks.mesh(config))
+      chat_template=blocks.chat_template(config), mesh=blocks.mesh(config),
+      cache=config["model"]["cache"])
   rows, held_out, examples = rows_lib.datasets(model, config)
   if config["adapter"]["init_from"]:
     model = model.with_adapter(

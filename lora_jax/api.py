@@ -37,6 +37,7 @@ from lora_jax.evaluate import generate as generate_lib
 from lora_jax.evaluate import perplexity
 from lora_jax.export import hf as hf_export
 from lora_jax.export import peft
+from lora_jax.models import base_cache
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
 from lora_jax.models import hf
@@ -292,6 +293,7 @@ def load(
     skip: Sequence[str] = load_lib.SKIP,
     chat_template: str | None = None,
     mesh: mesh_lib.MeshConfig | None = None,
+    cache: bool = True,
 ) -> Model:
   """Loads a model and its tokenizer.
 
@@ -302,6 +304,8 @@ def load(
     skip: targets that are not quantised.
     chat_template: Jinja text, if the tokenizer's own is not wanted.
     mesh: how to spread over devices; all of them by default.
+    cache: whether the converted base is taken from, and kept in, the cache
+      folder; see `models.base_cache`.
 
   Raises:
     errors.UserError: see `models.load.load`.
@@ -310,14 +314,22 @@ def load(
   if isinstance(quant, str):
     quant = quant_lib.QuantSpec(format=quant)
   source = load_lib.open_source(path)
-  loaded = load_lib.convert(source, quant, dtype, skip)
-  tokenizer = tokenizer_lib.load(source.label, chat_template)
   devices = mesh_lib.make(mesh or mesh_lib.MeshConfig())
   spread = devices if devices.size > 1 else None
-  base = loaded.base if spread is None else sharding.put(spread, loaded.base)
+  loaded = base_cache.load(
+      source, quant, dtype, skip, root=base_folder() if cache else None,
+      mesh=spread)
+  tokenizer = tokenizer_lib.load(source.label, chat_template)
   return Model(
-      config=loaded.config, base=base, tokenizer=tokenizer,
+      config=loaded.config, base=loaded.base, tokenizer=tokenizer,
       fingerprint=loaded.fingerprint, source=path, dtype=dtype, mesh=spread)
+
+
+def base_folder() -> pathlib.Path:
+  """Where converted bases are kept: `bases` in the cache folder."""
+  from third_party import assets
+
+  return assets.cache_dir() / "bases"
 
 
 def module_paths(config: config_lib.ModelConfig) -> dict[str, list[str]]:

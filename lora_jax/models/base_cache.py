@@ -60,7 +60,7 @@ def load(
     *,
     root: pathlib.Path | None,
     mesh: Mesh | None = None,
-    keep_bytes: int = KEEP_BYTES,
+    keep_bytes: int | None = None,
 ) -> load_lib.LoadedBase:
   """`load.convert`, or what it gave before: the same bytes.
 
@@ -72,7 +72,8 @@ def load(
     spec, dtype, skip: see `load.load`.
     root: where bases are kept; None converts whatever is there.
     mesh: the devices to place the base on; the default device if None.
-    keep_bytes: size from which on a source's base is kept.
+    keep_bytes: size from which on a source's base is kept; `KEEP_BYTES` if
+      None.
 
   Raises:
     errors.UserError: see `load.convert`.
@@ -91,7 +92,7 @@ def load(
     else:
       return load_lib.LoadedBase(
           source.config, base, stored.fingerprint, source.label)
-  if wanted.size < keep_bytes:
+  if wanted.size < (KEEP_BYTES if keep_bytes is None else keep_bytes):
     return _placed(load_lib.convert(source, spec, dtype, skip), mesh)
   _settle(wanted)
   loaded = load_lib.convert(source, spec, dtype, skip)

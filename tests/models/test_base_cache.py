@@ -352,7 +352,7 @@ def test_entries_and_clear(model, root):
   start(model, root)
   start(model, root, spec=None)
   os.utime(folders(root)[0], (1, 1))
-  assert [s.path for s in base_cache.entries(root)][0] == folders(root)[0]
+  assert base_cache.entries(root)[0].path == folders(root)[0]
   assert base_cache.clear(root) > 0 and not root.exists()
 
 
