@@ -84,7 +84,7 @@ def _start(folder, path, leaf, mesh):
   """
   store = _result(_open(folder, path, leaf.shape, leaf.dtype))
   if mesh is None:
-    return None, None, store.read()
+    return None, None, *_into_memory(store)
   where = sharding_lib.named(mesh, path, leaf.shape)
   parts = [
       [part.indices(n)[:2] for part, n in zip(index, leaf.shape, strict=True)]
@@ -93,11 +93,29 @@ def _start(folder, path, leaf, mesh):
   box = tuple(
       slice(min(a for a, _ in axis), max(b for _, b in axis))
       for axis in zip(*parts, strict=True))
-  return where, box, store[box].read()
+  return where, box, *_into_memory(store[box])
 
 
-def _finish(leaf, where: Any, box: Any, future) -> jax.Array:
-  found = _result(future)
+def _into_memory(store) -> tuple[np.ndarray, Any]:
+  """An array that is being filled, and the future that says it is.
+
+  A CPU device takes memory at multiples of 64 bytes as it is, and copies
+  other: reading and placing are twice as fast.
+  """
+  import tensorstore
+
+  dtype = store.dtype.numpy_dtype
+  size = int(np.prod(store.shape, dtype=np.int64)) * dtype.itemsize
+  raw = np.empty(size + 64, np.uint8)
+  first = -raw.ctypes.data % 64
+  found = raw[first:first + size].view(dtype).reshape(store.shape)
+  if store.rank:
+    store = store[tensorstore.d[:].translate_to[0]]
+  return found, tensorstore.array(found).write(store)
+
+
+def _finish(leaf, where: Any, box: Any, found, future) -> jax.Array:
+  _result(future)
   if where is None:
     return jax.device_put(found)
 

@@ -286,7 +286,7 @@ def test_every_byte_that_holds_a_value_is_checked(model, root):
   seen = 0
   for path in sorted((folder / "arrays").rglob("*")):
     size = path.stat().st_size
-    for at in range(0, size if path.is_file() else 0, max(size // 8, 1)):
+    for at in range(0, size if path.is_file() else 0, max(size // 3, 1)):
       flip(path, at)
       try:
         found = base_cache.restore(folder)
