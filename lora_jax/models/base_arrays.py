@@ -100,7 +100,7 @@ def _into_memory(store) -> tuple[np.ndarray, Any]:
   """An array that is being filled, and the future that says it is.
 
   A CPU device takes memory at multiples of 64 bytes as it is, and copies
-  other: reading and placing are twice as fast.
+  other.
   """
   import tensorstore
 
