@@ -17,11 +17,14 @@ def get_config() -> config_dict.ConfigDict:
   config.seed = 0
 
   config.model = c()
-  # A Hugging Face folder, a .gguf file, a hub name, or asset:<name>
-  # (third_party/README.md).
+  # A Hugging Face folder, a .gguf file, a hub name, a folder of
+  # experiments.quantize, or asset:<name> (third_party/README.md).
   config.model.path = "HuggingFaceTB/SmolLM2-135M-Instruct"
   # Jinja text or a file; empty is the tokenizer's own.
   config.model.chat_template = ""
+  # Use, and keep, the converted base in the cache folder
+  # (experiments.quantize).
+  config.model.cache = True
 
   config.quant = c()
   config.quant.format = "nf4"  # nf4 fp4 int4 int4_affine int8 none

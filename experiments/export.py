@@ -35,7 +35,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
       "bfloat16, float16.", **own)
 
 
-def check_output(output: str | None) -> pathlib.Path:
+def check_output(
+    output: str | None, flag: str = "--output") -> pathlib.Path:
   """The folder to write, which must not hold anything yet.
 
   Raises:
@@ -43,14 +44,14 @@ def check_output(output: str | None) -> pathlib.Path:
     errors.UserError: if something is there.
   """
   if not output:
-    raise errors.UsageError("--output is missing; name a folder to write")
+    raise errors.UsageError(f"{flag} is missing; name a folder to write")
   folder = pathlib.Path(output)
   if folder.is_dir() and any(folder.iterdir()):
     raise errors.UserError(
-        f"--output={output} is not empty; delete it, or name another folder")
+        f"{flag}={output} is not empty; delete it, or name another folder")
   if folder.exists() and not folder.is_dir():
     raise errors.UserError(
-        f"--output={output} is a file; name a folder to write")
+        f"{flag}={output} is a file; name a folder to write")
   return folder
 
 

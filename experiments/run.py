@@ -118,7 +118,8 @@ def _execute(config, folder, sinks):
       dtype=config["compute"]["dtype"],
       base_dtype=blocks.base_dtype(config), skip=blocks.skip(config),
       chat_template=blocks.chat_template(config), mesh=blocks.mesh(config),
-      attention=config["compute"]["attention"])
+      attention=config["compute"]["attention"],
+      cache=config["model"]["cache"])
   rows, held_out, examples = rows_lib.datasets(model, config)
   if config["adapter"]["init_from"]:
     model = model.with_adapter(

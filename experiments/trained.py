@@ -29,8 +29,8 @@ def define_flags(values: flags.FlagValues) -> None:
       "workdir", None, "A run of experiments.run: its model and adapter.",
       **own)
   flags.DEFINE_string(
-      "model", None, "A Hugging Face folder, a .gguf file, a hub name, or "
-      "asset:<name>.", **own)
+      "model", None, "A Hugging Face folder, a .gguf file, a hub name, a "
+      "folder of experiments.quantize, or asset:<name>.", **own)
   flags.DEFINE_string(
       "adapter", None, "A PEFT folder for --model.", **own)
   flags.DEFINE_string(
@@ -101,7 +101,9 @@ def from_workdir(folder: str, dtype: str | None = None) -> api.Model:
       blocks.locate(config["model"]["path"]), quant=blocks.quant(config),
       dtype=dtype, base_dtype=blocks.base_dtype(config),
       skip=blocks.skip(config),
-      chat_template=blocks.chat_template(config), mesh=blocks.mesh(config))
+      chat_template=blocks.chat_template(config), mesh=blocks.mesh(config),
+      # Runs made before the field was there have none.
+      cache=config["model"].get("cache", True))
   return model if method == "none" else model.with_adapter(path / "adapter")
 
 

@@ -38,6 +38,7 @@ from lora_jax.evaluate import perplexity
 from lora_jax.export import hf as hf_export
 from lora_jax.export import peft
 from lora_jax.kernels import attention as attention_lib
+from lora_jax.models import base_cache
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
 from lora_jax.models import hf
@@ -330,6 +331,7 @@ def load(
     chat_template: str | None = None,
     mesh: mesh_lib.MeshConfig | None = None,
     attention: str = "auto",
+    cache: bool = True,
 ) -> Model:
   """Loads a model and its tokenizer.
 
@@ -342,6 +344,8 @@ def load(
     chat_template: Jinja text, if the tokenizer's own is not wanted.
     mesh: how to spread over devices; all of them by default.
     attention: what computes attention; `auto` takes the fastest that can.
+    cache: whether the converted base is taken from, and kept in, the cache
+      folder; see `models.base_cache`.
 
   Raises:
     errors.UserError: see `models.load.load`.
@@ -353,12 +357,21 @@ def load(
   source = load_lib.open_source(path)
   devices = mesh_lib.make(mesh or mesh_lib.MeshConfig())
   spread = devices if devices.size > 1 else None
-  loaded = load_lib.convert(source, quant, stored, skip, spread)
+  loaded = base_cache.load(
+      source, quant, stored, skip, root=base_folder() if cache else None,
+      mesh=spread)
   tokenizer = tokenizer_lib.load(source.label, chat_template)
   return Model(
       config=loaded.config, base=loaded.base, tokenizer=tokenizer,
       fingerprint=loaded.fingerprint, source=path, dtype=dtype, mesh=spread,
       attention=attention)
+
+
+def base_folder() -> pathlib.Path:
+  """Where converted bases are kept: `bases` in the cache folder."""
+  from third_party import assets
+
+  return assets.cache_dir() / "bases"
 
 
 def module_paths(config: config_lib.ModelConfig) -> dict[str, list[str]]:

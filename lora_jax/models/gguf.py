@@ -39,6 +39,7 @@ class File:
     config: the model's.
     label: what messages call it.
     tensors: names, as Hugging Face has them, of what it holds.
+    files: the file.
   """
 
   def __init__(self, path: pathlib.Path):
@@ -51,6 +52,7 @@ class File:
     import gguf
 
     self.label = str(path)
+    self.files = [path]
     try:
       reader = gguf.GGUFReader(path)
     except (OSError, ValueError, IndexError, KeyError) as error:

@@ -56,6 +56,8 @@ OUTER: dict[str, str] = {
 VISION = ("vision_tower.", "multi_modal_projector.")
 DTYPES = ("F32", "BF16", "F16")
 INDEX = "model.safetensors.index.json"
+# What says how the tensors are to be read.
+SETTINGS = ("config.json", INDEX, "quantize_config.json", "quant_config.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,6 +231,7 @@ class Folder:
     label: what messages call it.
     tensors: file of each tensor, by the name that it has in a model of text
       alone.
+    files: all that is read.
   """
 
   def __init__(self, path: pathlib.Path):
@@ -245,6 +248,9 @@ class Folder:
     self._stored = (text_names(files) if "text_config" in content
                     else dict(zip(files, files, strict=True)))
     self.tensors = {name: files[old] for name, old in self._stored.items()}
+    self.files = [
+        *(path / name for name in SETTINGS if (path / name).exists()),
+        *sorted(set(self.tensors.values()))]
 
   def read(self, name: str) -> Tensor:
     """One tensor; the file is open, and mapped, for this call only.

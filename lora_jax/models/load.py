@@ -27,6 +27,7 @@ from lora_jax import errors
 from lora_jax import mesh as mesh_lib
 from lora_jax import quant
 from lora_jax import types
+from lora_jax.models import base_store
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
 from lora_jax.models import gguf
@@ -55,11 +56,23 @@ class LoadedBase(NamedTuple):
 
 
 class Source(Protocol):
-  """A checkpoint: `hf.Folder` or `gguf.File`."""
+  """A checkpoint: `hf.Folder`, `gguf.File` or `base_store.Stored`."""
 
-  config: config_lib.ModelConfig
-  label: str
-  tensors: dict[str, Any]
+  @property
+  def config(self) -> config_lib.ModelConfig:
+    """The model's."""
+
+  @property
+  def label(self) -> str:
+    """What messages call it."""
+
+  @property
+  def tensors(self) -> dict[str, Any]:
+    """By Hugging Face's names."""
+
+  @property
+  def files(self) -> Sequence[pathlib.Path]:
+    """All that decides what `read` gives."""
 
   def read(self, name: str) -> hf.Tensor:
     """One tensor by Hugging Face's name."""
@@ -75,7 +88,8 @@ def load(
 
   Args:
     path: a folder with `config.json` and safetensors, a `.gguf` file, a
-      folder with one, or a hub name such as `HuggingFaceTB/SmolLM2-135M`.
+      folder with one, a folder that experiments.quantize wrote, or a hub name
+      such as `HuggingFaceTB/SmolLM2-135M`.
     spec: how to quantise the projections; None leaves them in `dtype`.
     dtype: of everything that is not quantised.
     skip: targets that are not quantised.
@@ -102,6 +116,8 @@ def open_source(path: str) -> Source:
           f"model.path={path} is a {place.suffix or 'nameless'} file; give a "
           "folder with config.json, or a .gguf file")
     return gguf.File(place)
+  if (place / base_store.MANIFEST).exists():
+    return base_store.Stored.open(place)
   files = sorted(place.glob("*.gguf"))
   if files and not (place / "config.json").exists():
     if len(files) > 1:
@@ -146,6 +162,10 @@ def convert(
     source, spec, dtype, skip: as there.
     mesh: the devices to spread over; None is the default device.
   """
+  if isinstance(source, base_store.Stored):
+    return LoadedBase(
+        source.config, source.converted(spec, dtype, skip, mesh),
+        source.fingerprint, source.label)
   config = source.config
   _check(source, spec, skip)
   digests: list[str] = []
