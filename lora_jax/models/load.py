@@ -155,13 +155,14 @@ def _group(source, target, parts, specs, dtype, digests) -> list[types.Tree]:
 
   def read(layer):
     raw = _read(source, hf.hf_name(layer, target, leaf), shape, digests)
-    return [
+    # Waiting lets the raw tensor go before the stack is made or copied.
+    return jax.block_until_ready([
         _convert(raw, spec=spec, dtype=dtype, transpose=slot.linear,
                  rows=(end - slot.shape[0], end))
-        for slot, spec, end in zip(parts, specs, ends, strict=True)]
+        for slot, spec, end in zip(parts, specs, ends, strict=True)])
 
   if not parts[0].stacked:
-    return jax.block_until_ready(read(None))
+    return read(None)
   stacks: types.Tree = None
   for layer in range(source.config.n_layers):
     ones = read(layer)
