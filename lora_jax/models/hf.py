@@ -23,6 +23,7 @@ from lora_jax import quant
 from lora_jax import types
 from lora_jax.models import config as config_lib
 from lora_jax.models import registry
+from lora_jax.models.families import common
 
 # Module path of each target within a layer.
 MODULES: dict[str, str] = {
@@ -243,7 +244,7 @@ class Folder:
     self.label = str(path)
     file = path / "config.json"
     content = _json(file)
-    self.config = registry.from_hf(content, str(file))
+    self.config = _with_ends(registry.from_hf(content, str(file)), path)
     files = _index(path)
     self._stored = (text_names(files) if "text_config" in content
                     else dict(zip(files, files, strict=True)))
@@ -276,6 +277,19 @@ class Folder:
     except (OSError, safetensors.SafetensorError) as error:
       raise errors.UserError(_broken(file, error)) from None
     return Tensor(dtype, array.reshape(-1).view(np.uint8), array)
+
+
+def _with_ends(config, path: pathlib.Path) -> config_lib.ModelConfig:
+  """With the end tokens that only `generation_config.json` names.
+
+  Of chat models, some say there alone what ends a turn (Phi-3's `<|end|>`).
+  """
+  file = path / "generation_config.json"
+  if not file.exists():
+    return config
+  ends = common.token_ids(_json(file), eos=None)["eos_ids"]
+  return dataclasses.replace(
+      config, eos_ids=tuple(dict.fromkeys(config.eos_ids + ends)))
 
 
 def text_names(names: Iterable[str]) -> dict[str, str]:

@@ -208,10 +208,11 @@ def _ones(source, target, parts, specs, dtype, digests, layer
   ends = list(itertools.accumulate(slot.shape[0] for slot in parts))
   raw = _read(source, hf.hf_name(layer, target, parts[0].leaf),
               hf.joined_shape(parts), digests)
-  return [
+  # Waiting lets the raw tensor go before the stack is made or copied.
+  return jax.block_until_ready([
       _convert(raw, spec=spec, dtype=dtype, transpose=slot.linear,
                rows=(end - slot.shape[0], end))
-      for slot, spec, end in zip(parts, specs, ends, strict=True)]
+      for slot, spec, end in zip(parts, specs, ends, strict=True)])
 
 
 def _scattered(mesh, parts, ones) -> list[types.Tree]:

@@ -56,6 +56,18 @@ def test_values_of_every_source_type(tmp_path, dtype):
       0].dtype == jnp.bfloat16
 
 
+def test_ends_of_turns_in_the_generation_config(tmp_path):
+  write(tmp_path, dataclasses.replace(CONFIG, eos_ids=(4,)))
+  assert load.open_source(tmp_path).config.eos_ids == (4,)
+  file = tmp_path / "generation_config.json"
+  file.write_text('{"eos_token_id": [7, 4, 9]}')
+  assert load.open_source(tmp_path).config.eos_ids == (4, 7, 9)
+  file.write_text('{"temperature": 0.6}')
+  assert load.open_source(tmp_path).config.eos_ids == (4,)
+  file.write_text("{")
+  _fails(tmp_path, "generation_config.json cannot be read")
+
+
 def test_shards_are_one_model(tmp_path):
   one, many = tmp_path / "one", tmp_path / "many"
   one.mkdir(), many.mkdir()
