@@ -84,6 +84,10 @@ def get_config() -> config_dict.ConfigDict:
   config.optim.eps = 1e-8
   config.optim.decay = 0.2  # wsd: share of steps that decay
   config.optim.final = 0.0  # last learning rate / peak
+  # LoRA+: B's learning rate / A's (16 in the paper); 1 is off.
+  config.optim.lora_plus_ratio = 1.0
+  # Peak learning rate of LoRA on embed_tokens under LoRA+; 0: as A's.
+  config.optim.lora_plus_embedding = 1e-6
 
   # Devices along each axis; -1 is all that are left.
   config.mesh = c()

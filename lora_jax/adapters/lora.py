@@ -40,7 +40,7 @@ class LoRA(base.Adapter):
   """
 
   a: types.Array
-  b: types.Array
+  b: types.Array = base.up()
   scale: types.Array = base.frozen()
   rate: types.Array = base.frozen()
   rank: types.Array = base.frozen()
