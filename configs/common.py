@@ -41,6 +41,10 @@ def get_config() -> config_dict.ConfigDict:
   # module's name, the end of its path, or a regex without a comma.
   config.adapter.rank_pattern = ""
   config.adapter.alpha_pattern = ""
+  # Where A and B start: default, gaussian, or taken out of the weights, which
+  # are replaced by what is left: pissa, pissa_niter_<n> (fast), loftq.
+  config.adapter.init = "default"
+  config.adapter.loftq_iterations = 1
   config.adapter.init_from = ""  # a PEFT folder to go on from
 
   config.data = c()

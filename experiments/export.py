@@ -5,7 +5,9 @@
   python -m experiments.export --workdir=... --format=hf --output=my-model \\
       --dtype=bfloat16
 
-  peft  the adapter, for Hugging Face PEFT and what reads its folders
+  peft  the adapter, for Hugging Face PEFT and what reads its folders; of a run
+        with adapter.init=pissa or loftq the difference from its start, for
+        the original base (exact if quant.format=none)
   hf    the whole model, the adapter merged onto the dequantised base
 """
 
@@ -71,7 +73,7 @@ def main(values: flags.FlagValues = flags.FLAGS) -> None:
         "--format=peft: this model has no adapter (its method trains the "
         "weights, or nothing); use --format=hf")
   else:
-    model.save(folder)
+    model.save(folder, difference=True)
   size = sum(p.stat().st_size for p in folder.iterdir())
   print(f"{folder}: {size / 1e6:,.1f} MB ({values.format})")
 

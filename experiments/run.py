@@ -99,7 +99,8 @@ def _execute(config, folder):
           f"{config['adapter']['init_from']}; of the config's adapter block "
           "only dropout counts")
   else:
-    model = model.adapt(blocks.adapter(config), seed=config["seed"])
+    model = model.adapt(
+        blocks.adapter(config), seed=config["seed"], donate=True)
   train = blocks.train(config)
   asked = rows_lib.prompts(
       model, examples, config["data"]["system"], config["train"]["samples"])

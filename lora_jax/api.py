@@ -27,6 +27,7 @@ from lora_jax import mesh as mesh_lib
 from lora_jax import quant as quant_lib
 from lora_jax import types
 from lora_jax.adapters import base as base_lib
+from lora_jax.adapters import registry
 from lora_jax.data import dataset as dataset_lib
 from lora_jax.data import formats
 from lora_jax.data import pipeline
@@ -66,6 +67,8 @@ class Model:
     adapter_config: what the adapters were made from.
     peft_config: `adapter_config.json` of an adapter that was read.
     mesh: devices to spread over, or None for one.
+    replaced: digest of the weights that the adapters' start replaced in the
+      base (see `adapters.starts`), or None.
   """
 
   config: config_lib.ModelConfig
@@ -80,6 +83,7 @@ class Model:
       method="none")
   peft_config: dict[str, Any] | None = None
   mesh: Any = None
+  replaced: str | None = None
 
   @property
   def paths(self) -> dict[str, list[str]]:
@@ -88,23 +92,44 @@ class Model:
 
   def adapt(
       self, config: adapters_lib.AdapterConfig | None = None, *,
-      seed: int = 0, **fields) -> Model:
+      seed: int = 0, donate: bool = False, **fields) -> Model:
     """With fresh adapters.
 
     Args:
       config: the adapter block; or give its fields by name.
       seed: of the initialisation.
+      donate: whether an init that replaces base weights writes over those of
+        this model, which is then of no more use; large bases fit once.
       **fields: of `AdapterConfig`, if `config` is None.
 
     Raises:
       errors.UsageError: for an unknown method or target, or a bad value.
     """
     config = config or adapters_lib.AdapterConfig(**fields)
+    self._check_whole()
     base, tree = adapters_lib.build(
-        jax.random.key(seed), config, self.base, self.paths)
+        jax.random.key(seed), config, self.base, self.paths,
+        load_lib.originals(self.source), donate)
+    return self._with(base, tree, config, None)
+
+  def _with(self, base, tree, config, text):
+    """With these adapters, and a base that their start may have changed."""
+    taken = {name: (a.a0, a.b0)
+             for name, a in (tree.layers | tree.outer).items()
+             if getattr(a, "a0", None) is not None}
+    replaced = None
+    if taken:
+      base = self._place(base)
+      replaced = adapters_lib.starts.digest(base, taken)
     return dataclasses.replace(
         self, base=base, adapters=self._place(tree), adapter_config=config,
-        peft_config=None)
+        peft_config=text, replaced=replaced)
+
+  def _check_whole(self):
+    if self.replaced is not None:
+      raise errors.UsageError(
+          f"adapter.init={self.adapter_config.init} has changed this model's "
+          "base; load the model again for another adapter")
 
   def with_adapter(
       self, folder: str | pathlib.Path, *, dropout: float | None = None
@@ -132,9 +157,39 @@ class Model:
           is_leaf=lambda x: isinstance(x, base_lib.Adapter))
       config = dataclasses.replace(config, dropout=dropout).validate()
       text = text | {"lora_dropout": dropout}
-    return dataclasses.replace(
-        self, adapters=self._place(tree), adapter_config=config,
-        peft_config=text)
+    base = self.base
+    if config.start().decompose is not None:
+      base, tree = self._replaced(loaded, tree)
+    found = self._with(base, tree, config, text)
+    if loaded.replaced not in (None, found.replaced):
+      raise errors.UserError(
+          f"{folder}: the adapter was trained beside base weights with digest "
+          f"{loaded.replaced[:12]}, adapter.init={config.init} makes "
+          f"{found.replaced[:12]} of this base; use the quant block it was "
+          "trained with, on the same kind of machine")
+    return found
+
+  def _replaced(self, loaded, tree):
+    """(base, adapters with A0 and B0) from which a folder's training began."""
+    self._check_whole()
+    start = loaded.config.start()
+    if loaded.replaced is None:
+      # PEFT's randomised SVD draws from torch's generator: what it took out of
+      # the base is known up to that draw. The exact SVD is the limit.
+      start = adapters_lib.starts.choose("pissa")
+    base, factors = adapters_lib.starts.replace(
+        start, self.base, registry.placements(tree),
+        load_lib.originals(self.source))
+
+    def attach(name, adapter):
+      a, b = factors.get(name, (None, None))
+      if a is not None and name in tree.outer:
+        a, b = a[0], b[0]
+      return adapter.replace(a0=a, b0=b)
+
+    return base, tree.replace(
+        layers={k: attach(k, v) for k, v in tree.layers.items()},
+        outer={k: attach(k, v) for k, v in tree.outer.items()})
 
   def encode(
       self, examples: Sequence[formats.Example], *,
@@ -215,6 +270,7 @@ class Model:
             max_length or int(rows.lengths.max()), packing, seed),
         learning_rates=optim_lib.learning_rates(optim, config.steps),
         optim=optim,
+        base_digest=self.replaced,
         settings=step_lib.Settings(
             dtype=self.dtype, remat=remat,
             noise=self.adapter_config.dropout > 0),
@@ -251,8 +307,21 @@ class Model:
     ids = {*self.config.eos_ids, self.tokenizer.eos_token_id}
     return tuple(sorted(i for i in ids if i is not None))
 
-  def save(self, folder: str | pathlib.Path) -> None:
+  def save(
+      self, folder: str | pathlib.Path, *, difference: bool = False) -> None:
     """Saves the adapters in PEFT's format.
+
+    Adapters that started by replacing base weights (`adapters.starts`) need
+    them replaced again when they are read: `with_adapter` does so, exactly;
+    PEFT does so for PiSSA on an unquantised base. Their *difference* is an
+    ordinary LoRA of twice the rank on the original weights. It computes what
+    was trained if the base is not quantised; if it is, what was trained
+    beside the quantised residual now stands beside the original weights, and
+    differs by the residual's quantisation error. (`save_merged` is exact.)
+
+    Args:
+      folder: where.
+      difference: whether to write the difference instead.
 
     Raises:
       errors.UserError: if PEFT has no counterpart (`save_merged` does), or
@@ -260,8 +329,12 @@ class Model:
     """
     config = self.peft_config or peft.peft_config(
         self.adapter_config, self.adapters, self.paths, self.source)
-    peft.write(pathlib.Path(folder), self.adapters, config, self.paths,
-               self.fingerprint)
+    tree, replaced = self.adapters, self.replaced
+    if difference and replaced is not None:
+      tree, config = peft.difference(tree, config)
+      replaced = None
+    peft.write(pathlib.Path(folder), tree, config, self.paths,
+               self.fingerprint, replaced)
 
   def save_merged(
       self, folder: str | pathlib.Path, dtype: str = "float32") -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -25,6 +26,7 @@ from lora_jax import errors
 from lora_jax.adapters import base as base_lib
 from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import registry
+from lora_jax.adapters import starts
 from lora_jax.export import folders
 from lora_jax.export import tensors as tensors_lib
 
@@ -44,6 +46,8 @@ NEUTRAL: dict[str, tuple] = {
     "velora_config": (None,), "kasa_config": (None,),
     "monteclora_config": (None,),
 }
+# Of the base weights that the start of an adapter replaced; see `starts`.
+REPLACED = "lora_jax.replaced"
 # Initialisations after which the folder needs no other base weights.
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 # Outside of the layers; stacked targets have a module in each of them.
@@ -61,12 +65,14 @@ class Loaded:
     adapters: the tree, stacked for the model.
     peft_config: `adapter_config.json` as it stands; `write` takes it back.
     fingerprint: of the base it was trained on, if this code wrote it.
+    replaced: digest of the base weights that its start replaced, likewise.
   """
 
   config: config_lib.AdapterConfig
   adapters: base_lib.Adapters
   peft_config: dict[str, Any]
   fingerprint: str | None
+  replaced: str | None = None
 
 
 def peft_config(
@@ -101,10 +107,56 @@ def peft_config(
       "alpha_pattern": dict(config.alpha_pattern),
       "bias": "none",
       "fan_in_fan_out": False,
-      "init_lora_weights": True,
+      "init_lora_weights": (
+          True if config.init == "default" else config.init),
       "use_dora": False,
       "use_rslora": False,
-  } | dict(row.peft_config)
+  } | dict(row.peft_config) | (_loftq(config) if config.init == "loftq" else {})
+
+
+def _loftq(config) -> dict[str, Any]:
+  return {"loftq_config": {
+      "loftq_bits": 4, "loftq_iter": config.loftq_iterations}}
+
+
+def difference(
+    adapters: base_lib.Adapters, config: Mapping[str, Any]
+) -> tuple[base_lib.Adapters, dict[str, Any]]:
+  """An adapter of the original base in place of one of a replaced base.
+
+  W + s (A B - A0 B0) = (W - s A0 B0) + s A B: `[A | A0]` and `[B ; -B0]`, of
+  twice the rank, with an alpha that leaves s as it is. PEFT's
+  `path_initial_model_for_weight_conversion` does the same.
+
+  Args:
+    adapters: with `a0` and `b0`; those without get zeros.
+    config: of `peft_config`.
+
+  Returns:
+    The same two, for `write`.
+
+  Raises:
+    errors.UserError: for a method whose change is no sum (DoRA).
+  """
+
+  def each_layer(stack):
+    layers = [jax.tree.map(lambda x, i=i: x[i], stack).difference()
+              for i in range(len(stack.rank))]
+    return jax.tree.map(lambda *x: np.stack(x), *layers)
+
+  host = jax.device_get(adapters)
+  ratio = math.sqrt(2) if config.get("use_rslora") else 2
+  return host.replace(
+      layers={k: each_layer(v) for k, v in host.layers.items()},
+      outer={k: v.difference() for k, v in host.outer.items()},
+  ), {k: v for k, v in config.items() if k != "loftq_config"} | {
+      "init_lora_weights": True,
+      "r": 2 * config["r"],
+      "lora_alpha": ratio * config["lora_alpha"],
+      "rank_pattern": {
+          k: 2 * v for k, v in config["rank_pattern"].items()},
+      "alpha_pattern": {
+          k: ratio * v for k, v in config["alpha_pattern"].items()}}
 
 
 def tensors(
@@ -133,6 +185,7 @@ def write(
     config: Mapping[str, Any],
     paths: Mapping[str, Sequence[str]],
     fingerprint: str | None = None,
+    replaced: str | None = None,
 ) -> None:
   """Writes an adapter folder; a folder that is there is replaced whole.
 
@@ -142,6 +195,7 @@ def write(
     config: `adapter_config.json`, from `peft_config` or `Loaded`.
     paths: module paths by target.
     fingerprint: of the base, kept in the file's metadata.
+    replaced: see `Loaded`; kept there, too.
 
   Raises:
     errors.UserError: if the method has no PEFT counterpart, or the disk is
@@ -153,6 +207,8 @@ def write(
   metadata = {"format": "pt"}
   if fingerprint:
     metadata[FINGERPRINT] = fingerprint
+  if replaced:
+    metadata[REPLACED] = replaced
   named = dict(sorted(tensors(adapters, paths).items()))
   text = json.dumps(config, indent=2, sort_keys=True) + "\n"
   with folders.replaced(pathlib.Path(folder), CONFIG) as fresh:
@@ -182,8 +238,9 @@ def read(
       is not supported, or the adapter belongs to another model.
   """
   config = _read_config(folder)
-  method = _method(config, folder)
-  named, fingerprint = _read_tensors(folder)
+  named, metadata = _read_tensors(folder)
+  replaced = metadata.get(REPLACED)
+  method = _method(config, folder, replaced is not None)
   modules = _by_module(named, paths, shapes, folder)
   row = registry.METHODS[method]
   assert row.adapter is not None  # `_method` chose among those with one.
@@ -214,10 +271,26 @@ def read(
       method=method, rank=config["r"], alpha=config["lora_alpha"],
       dropout=float(config.get("lora_dropout") or 0.0),
       targets=tuple(p for g in paths.values() for p in g if p in modules),
-      rank_pattern=config.get("rank_pattern") or {}, alpha_pattern=alphas)
+      rank_pattern=config.get("rank_pattern") or {}, alpha_pattern=alphas,
+      **_start(config))
   tree = jax.tree.map(
       jax.numpy.asarray, base_lib.Adapters(layers=layers, outer=outer))
-  return Loaded(adapter_config, tree, config, fingerprint)
+  return Loaded(adapter_config, tree, config, metadata.get(FINGERPRINT),
+                replaced)
+
+
+def _start(config) -> dict[str, Any]:
+  """The fields of `AdapterConfig` that say where A and B started."""
+  init = config.get("init_lora_weights", True)
+  if not _replaces(init):
+    return {}  # Whatever it was, only the tensors count now.
+  loftq = config.get("loftq_config") or {}
+  return {"init": init, "loftq_iterations": loftq.get("loftq_iter", 1)}
+
+
+def _replaces(init) -> bool:
+  return init in starts.DECOMPOSED or bool(
+      isinstance(init, str) and starts.NITER.fullmatch(init))
 
 
 def _ranks(adapters) -> dict[str, list[int]]:
@@ -243,7 +316,7 @@ def _read_config(folder) -> dict[str, Any]:
     ) from None
 
 
-def _method(config, folder) -> str:
+def _method(config, folder, ours: bool) -> str:
   known = sorted({m.adapter.peft_type for m in registry.METHODS.values()
                   if m.adapter and m.adapter.peft_type})
   if config.get("peft_type") not in known:
@@ -256,7 +329,9 @@ def _method(config, folder) -> str:
           f"{folder / CONFIG}: {name}={config[name]!r} is not supported; "
           "merge the adapter with PEFT and use the merged model")
   init = config.get("init_lora_weights", True)
-  if init not in PLAIN_INITS:
+  # What PEFT quantises for LoftQ is not what this code does: ours only.
+  known_start = _replaces(init) and (ours or init != "loftq")
+  if init not in PLAIN_INITS and not known_start:
     raise errors.UserError(
         f"{folder / CONFIG}: init_lora_weights={init!r} changed the base "
         "weights; convert the adapter with PEFT's "
@@ -266,7 +341,7 @@ def _method(config, folder) -> str:
   return "rslora" if config.get("use_rslora") else "lora"
 
 
-def _read_tensors(folder) -> tuple[dict[str, np.ndarray], str | None]:
+def _read_tensors(folder) -> tuple[dict[str, np.ndarray], dict[str, str]]:
   path = folder / WEIGHTS
   if not path.exists():
     pickled = folder / "adapter_model.bin"
@@ -282,7 +357,7 @@ def _read_tensors(folder) -> tuple[dict[str, np.ndarray], str | None]:
     raise errors.UserError(
         f"{path} is damaged ({str(error).splitlines()[0]}); copy or save the "
         "adapter again") from None
-  return named, metadata.get(FINGERPRINT)
+  return named, metadata
 
 
 def _by_module(named, paths, shapes, folder):

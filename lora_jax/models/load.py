@@ -7,7 +7,7 @@ place (donated): the host never holds more than the result and two tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 import hashlib
 import pathlib
@@ -143,6 +143,31 @@ def convert(
   fingerprint = hashlib.sha256("\n".join(sorted(digests)).encode())
   base = init.assemble(config, leaves)
   return LoadedBase(config, base, fingerprint.hexdigest(), source.label)
+
+
+def originals(path: str) -> Callable[[str, int | None], jax.Array]:
+  """Reads weights again, as they are before quantisation.
+
+  Args:
+    path: see `load`.
+
+  Returns:
+    `(target, layer or None) -> [i, o]` float32 on the device, for
+    projections; a checkpoint is opened at the first call.
+
+  Raises:
+    errors.UserError: as `load`; on the calls.
+  """
+  opened: list[Source] = []
+
+  def read(target: str, layer: int | None) -> jax.Array:
+    if not opened:
+      opened.append(open_source(path))
+    raw = opened[0].read(hf.hf_name(layer, target)).array
+    return _convert(jnp.asarray(raw), spec=None, dtype=jnp.dtype("float32"),
+                    transpose=True)
+
+  return read
 
 
 def _leaf(source, slot, spec, dtype, digests) -> types.Tree:

@@ -91,6 +91,9 @@ class Task:
     evaluate: params -> row losses (`.loss`, `.perplexity`), or None.
     sample: params -> texts, or None.
     save_best: `(params, step)`, called whenever an evaluation is the best.
+    base_digest: of base weights that were replaced at the start (see
+      `adapters.starts`), or None. Checkpoints do not hold them: whoever goes
+      on must have come to the same.
   """
 
   model: config_lib.ModelConfig
@@ -105,6 +108,7 @@ class Task:
   evaluate: Callable[[types.Tree], Any] | None = None
   sample: Callable[[types.Tree], list[str]] | None = None
   save_best: Callable[[types.Tree, int], None] | None = None
+  base_digest: str | None = None
 
 
 @dataclasses.dataclass
@@ -187,6 +191,7 @@ class _Run:
     restored = checkpoints.restore(state)
     if restored is not None:
       state, meta = restored
+      self._same_base(meta.pop("base_digest", None))
       self.progress = Progress.from_meta(meta)
       self.line.note(f"going on from step {self.progress.step}")
     self.began = time.monotonic() - self.progress.seconds
@@ -211,6 +216,15 @@ class _Run:
     finally:
       self.metrics.close()
       checkpoints.close()
+
+  def _same_base(self, was):
+    now = self.task.base_digest
+    if was != now:
+      raise errors.UserError(
+          f"{self.folder}: its checkpoints were trained beside base weights "
+          f"with digest {str(was)[:12]}, this run's have {str(now)[:12]}; go "
+          "on with the same adapter.init and model, on the same kind of "
+          "machine, or choose another --workdir")
 
   def _now(self):
     """Time without compilation, which is no part of the speed."""
@@ -275,7 +289,9 @@ class _Run:
       self.progress.seconds = time.monotonic() - self.began
       self.metrics.sync()
       checkpoints.save(
-          number, state, self.progress.meta(), self.progress.best_step)
+          number, state,
+          self.progress.meta() | {"base_digest": self.task.base_digest},
+          self.progress.best_step)
     self.clock = self._now()
     return stopped
 
