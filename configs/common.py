@@ -22,6 +22,9 @@ def get_config() -> config_dict.ConfigDict:
   config.model.path = "HuggingFaceTB/SmolLM2-135M-Instruct"
   # Jinja text or a file; empty is the tokenizer's own.
   config.model.chat_template = ""
+  # Special tokens to add to the vocabulary: "<|im_start|>,<|im_end|>".
+  config.model.add_tokens = ""
+  config.model.pad_vocab_multiple = 1  # of the vocabulary's size, e.g. 64
 
   config.quant = c()
   config.quant.format = "nf4"  # nf4 fp4 int4 int4_affine int8 none
@@ -45,6 +48,10 @@ def get_config() -> config_dict.ConfigDict:
   # are replaced by what is left: pissa, pissa_niter_<n> (fast), loftq.
   config.adapter.init = "default"
   config.adapter.loftq_iterations = 1
+  # Modules trained whole beside the adapters: "lm_head,norm,input_layernorm".
+  config.adapter.modules_to_save = ""
+  # Tokens whose embeddings are trained: "49152,49153", or new: add_tokens.
+  config.adapter.trainable_token_indices = ""
   config.adapter.init_from = ""  # a PEFT folder to go on from
 
   config.data = c()

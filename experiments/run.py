@@ -86,10 +86,7 @@ def execute(config: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _execute(config, folder):
-  model = api.load(
-      blocks.locate(config["model"]["path"]), quant=blocks.quant(config),
-      dtype=config["compute"]["dtype"], skip=blocks.skip(config),
-      chat_template=blocks.chat_template(config), mesh=blocks.mesh(config))
+  model = blocks.load(config)
   rows, held_out, examples = rows_lib.datasets(model, config)
   if config["adapter"]["init_from"]:
     model = model.with_adapter(

@@ -96,10 +96,7 @@ def from_workdir(folder: str, dtype: str | None = None) -> api.Model:
                     chat_template=blocks.chat_template(config))
   if method != "none":
     _exists(path / "adapter", path)
-  model = api.load(
-      blocks.locate(config["model"]["path"]), quant=blocks.quant(config),
-      dtype=dtype, skip=blocks.skip(config),
-      chat_template=blocks.chat_template(config), mesh=blocks.mesh(config))
+  model = blocks.load(config, dtype)
   return model if method == "none" else model.with_adapter(path / "adapter")
 
 

@@ -36,12 +36,15 @@ from lora_jax.data import templates
 from lora_jax.data import tokenizer as tokenizer_lib
 from lora_jax.evaluate import generate as generate_lib
 from lora_jax.evaluate import perplexity
+from lora_jax.export import difference as difference_lib
 from lora_jax.export import hf as hf_export
 from lora_jax.export import peft
+from lora_jax.export import whole
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
 from lora_jax.models import hf
 from lora_jax.models import load as load_lib
+from lora_jax.models import resize
 from lora_jax.models import sharding
 from lora_jax.train import loop
 from lora_jax.train import optim as optim_lib
@@ -69,6 +72,8 @@ class Model:
     mesh: devices to spread over, or None for one.
     replaced: digest of the weights that the adapters' start replaced in the
       base (see `adapters.starts`), or None.
+    new_tokens: ids of the tokens that `load` was asked to add.
+    resized: whether the vocabulary is larger than the source's.
   """
 
   config: config_lib.ModelConfig
@@ -84,6 +89,8 @@ class Model:
   peft_config: dict[str, Any] | None = None
   mesh: Any = None
   replaced: str | None = None
+  new_tokens: tuple[int, ...] = ()
+  resized: bool = False
 
   @property
   def paths(self) -> dict[str, list[str]]:
@@ -107,6 +114,13 @@ class Model:
     """
     config = config or adapters_lib.AdapterConfig(**fields)
     self._check_whole()
+    if config.trainable_token_indices == "new":
+      if not self.new_tokens:
+        raise errors.UsageError(
+            'adapter.trainable_token_indices="new", but model.add_tokens names '
+            "none; give ids, or name tokens there")
+      config = dataclasses.replace(
+          config, trainable_token_indices=self.new_tokens)
     base, tree = adapters_lib.build(
         jax.random.key(seed), config, self.base, self.paths,
         load_lib.originals(self.source), donate)
@@ -151,9 +165,15 @@ class Model:
           f"{loaded.fingerprint[:12]}, this one ({self.source}) has "
           f"{self.fingerprint[:12]}; give the model it was trained on")
     tree, config, text = loaded.adapters, loaded.config, loaded.peft_config
+    targets, overrides = whole.overrides(
+        self.config, self.base, text.get("modules_to_save") or (),
+        loaded.saved, str(folder))
+    tree = dataclasses.replace(tree, overrides=overrides)
+    config = dataclasses.replace(config, modules_to_save=targets)
     if dropout is not None:
       tree = jax.tree.map(
-          lambda a: a.replace(rate=jnp.full_like(a.rate, dropout)), tree,
+          lambda a: a.replace(rate=jnp.full_like(a.rate, dropout))
+          if hasattr(a, "rate") else a, tree,
           is_leaf=lambda x: isinstance(x, base_lib.Adapter))
       config = dataclasses.replace(config, dropout=dropout).validate()
       text = text | {"lora_dropout": dropout}
@@ -182,8 +202,10 @@ class Model:
         load_lib.originals(self.source))
 
     def attach(name, adapter):
-      a, b = factors.get(name, (None, None))
-      if a is not None and name in tree.outer:
+      if name not in factors:
+        return adapter
+      a, b = factors[name]
+      if name in tree.outer:
         a, b = a[0], b[0]
       return adapter.replace(a0=a, b0=b)
 
@@ -331,10 +353,12 @@ class Model:
         self.adapter_config, self.adapters, self.paths, self.source)
     tree, replaced = self.adapters, self.replaced
     if difference and replaced is not None:
-      tree, config = peft.difference(tree, config)
+      tree, config = difference_lib.convert(tree, config)
       replaced = None
-    peft.write(pathlib.Path(folder), tree, config, self.paths,
-               self.fingerprint, replaced)
+    peft.write(
+        pathlib.Path(folder), tree, config, self.paths, self.fingerprint,
+        replaced, whole.tables(tree, self.base) if self.resized else None,
+        self.tokenizer if self.new_tokens else None)
 
   def save_merged(
       self, folder: str | pathlib.Path, dtype: str = "float32") -> None:
@@ -365,6 +389,8 @@ def load(
     skip: Sequence[str] = load_lib.SKIP,
     chat_template: str | None = None,
     mesh: mesh_lib.MeshConfig | None = None,
+    add_tokens: Sequence[str] = (),
+    pad_vocab_multiple: int = 1,
 ) -> Model:
   """Loads a model and its tokenizer.
 
@@ -375,6 +401,8 @@ def load(
     skip: targets that are not quantised.
     chat_template: Jinja text, if the tokenizer's own is not wanted.
     mesh: how to spread over devices; all of them by default.
+    add_tokens: special tokens to add, e.g. those of a chat template.
+    pad_vocab_multiple: see `models.resize.grow`.
 
   Raises:
     errors.UserError: see `models.load.load`.
@@ -385,12 +413,16 @@ def load(
   source = load_lib.open_source(path)
   loaded = load_lib.convert(source, quant, dtype, skip)
   tokenizer = tokenizer_lib.load(source.label, chat_template)
+  new = tokenizer_lib.add_tokens(tokenizer, add_tokens) if add_tokens else ()
+  config, base = resize.grow(
+      loaded.config, loaded.base, max(new, default=-1) + 1, pad_vocab_multiple)
   devices = mesh_lib.make(mesh or mesh_lib.MeshConfig())
   spread = devices if devices.size > 1 else None
-  base = loaded.base if spread is None else sharding.put(spread, loaded.base)
+  base = base if spread is None else sharding.put(spread, base)
   return Model(
-      config=loaded.config, base=base, tokenizer=tokenizer,
-      fingerprint=loaded.fingerprint, source=path, dtype=dtype, mesh=spread)
+      config=config, base=base, tokenizer=tokenizer,
+      fingerprint=loaded.fingerprint, source=path, dtype=dtype, mesh=spread,
+      new_tokens=tuple(new), resized=config is not loaded.config)
 
 
 def module_paths(config: config_lib.ModelConfig) -> dict[str, list[str]]:

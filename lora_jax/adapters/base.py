@@ -95,6 +95,8 @@ class Adapter:
 
   # PEFT's `peft_type`; None where Hugging Face PEFT has no counterpart.
   peft_type: ClassVar[str | None] = None
+  # Whether a head that is tied to an adapted embedding follows it.
+  follows_tie: ClassVar[bool] = False
 
   def apply(
       self, x: types.Array, weight: types.Tree, noise: Noise | None = None
@@ -107,6 +109,20 @@ class Adapter:
   def prepared(self, weight: types.Tree) -> Adapter:
     """With whatever stays the same from token to token computed once."""
     del weight
+    return self
+
+  def tied_logits(self, x: types.Array, logits: types.Array) -> types.Array:
+    """Logits `[..., v]` of a head tied to the embedding that this adapts.
+
+    Args:
+      x: `[..., d]`, what the head was applied to.
+      logits: of the frozen table.
+    """
+    del x
+    return logits
+
+  def difference(self) -> Adapter:
+    """This adapter on the base before `starts` changed it; see `LoRA`."""
     return self
 
   def to_peft(self, embedding: bool = False) -> dict[str, types.Array]:

@@ -25,6 +25,9 @@ class AdapterConfig:
     alpha_pattern: module name or regex -> alpha.
     init: where A and B start; see `starts`.
     loftq_iterations: of init="loftq".
+    modules_to_save: targets that are trained whole; see `saved`.
+    trainable_token_indices: tokens whose embeddings are trained; see `tokens`.
+      "new" stands for those that the model was given (`api.load`).
   """
 
   method: str = "lora"
@@ -37,6 +40,8 @@ class AdapterConfig:
   alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
   init: str = "default"
   loftq_iterations: int = 1
+  modules_to_save: tuple[str, ...] = ()
+  trainable_token_indices: tuple[int, ...] | str = ()
 
   def validate(self) -> AdapterConfig:
     """Returns itself.

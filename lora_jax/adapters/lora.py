@@ -4,9 +4,9 @@
 
 with W0 `[i, o]` frozen, A `[i, r]` ~ U(-1/sqrt(i), 1/sqrt(i)) (what
 `kaiming_uniform(a=sqrt(5))` gives) and B `[r, o]` = 0, so that h = x W0 at
-init (`starts` has others). rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) has s = alpha / sqrt(r).
-On embeddings the roles are reversed, as in Hugging Face PEFT: A `[v, r]` = 0
-and B `[r, d]` ~ N(0, 1).
+init (`starts` has others). rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) has
+s = alpha / sqrt(r). On embeddings the roles are reversed, as in Hugging Face
+PEFT: A `[v, r]` = 0 and B `[r, d]` ~ N(0, 1).
 
 Trainable parameters: r (i + o) a matrix.
 
@@ -93,8 +93,8 @@ class LoRA(base.Adapter):
     A0 B0 out of it: `[A | A0]`, `[B ; -B0]`, of twice the rank."""
     r, width = int(self.rank), self.a.shape[1]
     pad = 2 * (width - r)
-    a0, b0 = ((0 * self.a, 0 * self.b) if self.a0 is None
-              else (self.a0, self.b0))
+    a0 = 0 * self.a if self.a0 is None else self.a0
+    b0 = 0 * self.b if self.b0 is None else self.b0
     return dataclasses.replace(
         self, rank=2 * self.rank, a0=None, b0=None,
         a=jnp.pad(jnp.concatenate([self.a[:, :r], a0[:, :r]], 1),

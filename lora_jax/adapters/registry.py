@@ -23,8 +23,10 @@ from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import dora
 from lora_jax.adapters import full
 from lora_jax.adapters import lora
+from lora_jax.adapters import saved
 from lora_jax.adapters import starts
 from lora_jax.adapters import targets
+from lora_jax.adapters import tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +142,7 @@ def placements(adapters: base.Adapters) -> dict[str, Placement]:
   """`place`'s answer for adapters that are there."""
   both = jax.device_get({**adapters.layers, **adapters.outer})
   return {name: Placement(*map(np.atleast_1d, (a.rank, a.scale, a.rate)))
-          for name, a in both.items()}
+          for name, a in both.items() if hasattr(a, "rank")}
 
 
 def build(
@@ -169,6 +171,11 @@ def build(
   """
   row = method(config.method)
   if row.build is not None:
+    for field in ("modules_to_save", "trainable_token_indices"):
+      if getattr(config, field):
+        raise errors.UsageError(
+            f"adapter.{field} stands beside adapters, and adapter.method="
+            f"{config.method} makes none; leave it empty, or use lora")
     return row.build(tree)
   assert row.init is not None  # A row has one of the two.
   start, placements = config.start(), place(config, paths)
@@ -191,7 +198,12 @@ def build(
       outer[name] = row.init(
           subkey, weight, placement.width, one, embedding, start.draw,
           jax.tree.map(lambda x: x[0], given.get(name)))
-  return tree, base.Adapters(layers=layers, outer=outer)
+  indices = config.trainable_token_indices
+  assert not isinstance(indices, str)  # Whoever knows the tokens gives ids.
+  outer |= tokens.build(tree, indices, [*outer, *config.modules_to_save])
+  return tree, base.Adapters(
+      layers=layers, outer=outer, overrides=saved.overrides(
+          tree, config.modules_to_save, placements))
 
 
 def _head(tree):

@@ -234,7 +234,7 @@ def digest(
   """sha256 hex of the replaced weights and the (A, B) taken out of them."""
   found = hashlib.sha256()
   for name in sorted(factors):
-    linear = tree.layers[name] if name in tree.layers else tree.lm_head
+    linear = tree.layers.get(name, tree.lm_head)
     for leaf in jax.tree.leaves((linear.weight, factors[name])):
       # A layer at a time: the host need not hold a whole stack.
       for part in leaf if leaf.ndim > 2 else (leaf,):

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import dataclasses
 import json
-import math
 import pathlib
 from typing import Any
 
@@ -26,9 +25,11 @@ from lora_jax import errors
 from lora_jax.adapters import base as base_lib
 from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import registry
-from lora_jax.adapters import starts
+from lora_jax.adapters import tokens as tokens_lib
+from lora_jax.export import difference
 from lora_jax.export import folders
 from lora_jax.export import tensors as tensors_lib
+from lora_jax.export import whole
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -38,10 +39,9 @@ FINGERPRINT = "lora_jax.base"
 # PEFT options that change what is computed, and the values that do not.
 NEUTRAL: dict[str, tuple] = {
     "bias": ("none",), "fan_in_fan_out": (False,), "lora_bias": (False,),
-    "modules_to_save": (None, []), "layer_replication": (None,),
-    "trainable_token_indices": (None,), "use_qalora": (False,),
+    "layer_replication": (None,), "use_qalora": (False,),
     "target_parameters": (None, []), "alora_invocation_tokens": (None,),
-    "use_bdlora": (None, False), "ensure_weight_tying": (False,),
+    "use_bdlora": (None, False),
     "megatron_config": (None,), "arrow_config": (None,),
     "velora_config": (None,), "kasa_config": (None,),
     "monteclora_config": (None,),
@@ -52,8 +52,11 @@ REPLACED = "lora_jax.replaced"
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 # Outside of the layers; stacked targets have a module in each of them.
 OUTER = ("embed_tokens", "lm_head")
-# Frozen weights that PEFT saves too when an adapter is on one of the two.
+# Frozen weights that PEFT saves too when an adapter is on one of the two, or
+# the vocabulary was resized; the parts of paths that its wrappers add to them.
 COPIES = ("model.embed_tokens.weight", "lm_head.weight")
+WRAPPERS = (".base_layer", ".original_module", ".modules_to_save",
+            ".token_adapter")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +69,8 @@ class Loaded:
     peft_config: `adapter_config.json` as it stands; `write` takes it back.
     fingerprint: of the base it was trained on, if this code wrote it.
     replaced: digest of the base weights that its start replaced, likewise.
+    saved: tensors of modules that are trained whole, by Hugging Face's names;
+      see `whole.overrides`.
   """
 
   config: config_lib.AdapterConfig
@@ -73,6 +78,7 @@ class Loaded:
   peft_config: dict[str, Any]
   fingerprint: str | None
   replaced: str | None = None
+  saved: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def peft_config(
@@ -94,6 +100,7 @@ def peft_config(
     else:
       names += [p for p, r in zip(paths[target], ranks, strict=True) if r]
   alpha = float(config.alpha)
+  whole_names = whole.names(adapters.overrides)
   return {
       "peft_type": row.adapter.peft_type if row.adapter else None,
       "task_type": "CAUSAL_LM",
@@ -111,52 +118,11 @@ def peft_config(
           True if config.init == "default" else config.init),
       "use_dora": False,
       "use_rslora": False,
-  } | dict(row.peft_config) | (_loftq(config) if config.init == "loftq" else {})
-
-
-def _loftq(config) -> dict[str, Any]:
-  return {"loftq_config": {
-      "loftq_bits": 4, "loftq_iter": config.loftq_iterations}}
-
-
-def difference(
-    adapters: base_lib.Adapters, config: Mapping[str, Any]
-) -> tuple[base_lib.Adapters, dict[str, Any]]:
-  """An adapter of the original base in place of one of a replaced base.
-
-  W + s (A B - A0 B0) = (W - s A0 B0) + s A B: `[A | A0]` and `[B ; -B0]`, of
-  twice the rank, with an alpha that leaves s as it is. PEFT's
-  `path_initial_model_for_weight_conversion` does the same.
-
-  Args:
-    adapters: with `a0` and `b0`; those without get zeros.
-    config: of `peft_config`.
-
-  Returns:
-    The same two, for `write`.
-
-  Raises:
-    errors.UserError: for a method whose change is no sum (DoRA).
-  """
-
-  def each_layer(stack):
-    layers = [jax.tree.map(lambda x, i=i: x[i], stack).difference()
-              for i in range(len(stack.rank))]
-    return jax.tree.map(lambda *x: np.stack(x), *layers)
-
-  host = jax.device_get(adapters)
-  ratio = math.sqrt(2) if config.get("use_rslora") else 2
-  return host.replace(
-      layers={k: each_layer(v) for k, v in host.layers.items()},
-      outer={k: v.difference() for k, v in host.outer.items()},
-  ), {k: v for k, v in config.items() if k != "loftq_config"} | {
-      "init_lora_weights": True,
-      "r": 2 * config["r"],
-      "lora_alpha": ratio * config["lora_alpha"],
-      "rank_pattern": {
-          k: 2 * v for k, v in config["rank_pattern"].items()},
-      "alpha_pattern": {
-          k: ratio * v for k, v in config["alpha_pattern"].items()}}
+      "modules_to_save": whole_names or None,
+      "trainable_token_indices": whole.token_indices(adapters),
+      "ensure_weight_tying": (
+          "embed_tokens" in whole_names and "lm_head" not in paths),
+  } | dict(row.peft_config) | difference.loftq(config)
 
 
 def tensors(
@@ -176,7 +142,8 @@ def tensors(
       for suffix, value in module.to_peft(embedding).items():
         name = f"{PREFIX}{paths[target][layer]}.{suffix}"
         found[name] = np.ascontiguousarray(value, np.float32)
-  return found
+  saved = whole.tensors(host, tied="lm_head" not in paths)
+  return found | {f"{PREFIX}{name}": value for name, value in saved.items()}
 
 
 def write(
@@ -186,6 +153,8 @@ def write(
     paths: Mapping[str, Sequence[str]],
     fingerprint: str | None = None,
     replaced: str | None = None,
+    more: Mapping[str, np.ndarray] | None = None,
+    tokenizer: Any = None,
 ) -> None:
   """Writes an adapter folder; a folder that is there is replaced whole.
 
@@ -196,6 +165,8 @@ def write(
     paths: module paths by target.
     fingerprint: of the base, kept in the file's metadata.
     replaced: see `Loaded`; kept there, too.
+    more: tensors to write beside the adapters', e.g. `whole.tables`.
+    tokenizer: saved beside them, if given.
 
   Raises:
     errors.UserError: if the method has no PEFT counterpart, or the disk is
@@ -209,13 +180,16 @@ def write(
     metadata[FINGERPRINT] = fingerprint
   if replaced:
     metadata[REPLACED] = replaced
-  named = dict(sorted(tensors(adapters, paths).items()))
+  more = {f"{PREFIX}{name}": x for name, x in (more or {}).items()}
+  named = dict(sorted((tensors(adapters, paths) | more).items()))
   text = json.dumps(config, indent=2, sort_keys=True) + "\n"
   with folders.replaced(pathlib.Path(folder), CONFIG) as fresh:
     tensors_lib.write(
         fresh / WEIGHTS, {name: x.shape for name, x in named.items()},
         named.items(), "float32", metadata)
     (fresh / CONFIG).write_text(text, encoding="utf-8")
+    if tokenizer is not None:
+      tokenizer.save_pretrained(fresh)
 
 
 def read(
@@ -241,16 +215,23 @@ def read(
   named, metadata = _read_tensors(folder)
   replaced = metadata.get(REPLACED)
   method = _method(config, folder, replaced is not None)
-  modules = _by_module(named, paths, shapes, folder)
+  tied = "lm_head" not in paths
+  bare = {name.removeprefix(PREFIX): x for name, x in named.items()}
+  saved = whole.saved(bare, config, tied, str(folder / CONFIG))
+  outer, found = whole.rows(bare, config, tied, str(folder / CONFIG))
+  modules = _by_module(
+      {k: v for k, v in named.items()
+       if k.removeprefix(PREFIX) not in {*saved, *found}},
+      paths, shapes, folder)
   row = registry.METHODS[method]
   assert row.adapter is not None  # `_method` chose among those with one.
   scale = registry.METHODS[
       "rslora" if config.get("use_rslora") else method].scale
   alphas = config.get("alpha_pattern") or {}
-  layers, outer = {}, {}
+  layers = {}
   for target, group in paths.items():
     present = [modules.get(p) for p in group]
-    if not any(present):
+    if target in outer or not any(present):
       continue
     ranks = [_rank(m, p, shapes[target], folder, row)
              for m, p in zip(present, group)]
@@ -270,33 +251,23 @@ def read(
   adapter_config = config_lib.AdapterConfig(
       method=method, rank=config["r"], alpha=config["lora_alpha"],
       dropout=float(config.get("lora_dropout") or 0.0),
-      targets=tuple(p for g in paths.values() for p in g if p in modules),
+      targets=tuple(p for t, g in paths.items() for p in g
+                    if p in modules and t in {**layers, **outer}
+                    and not isinstance(outer.get(t), tokens_lib.TokenRows)),
+      trainable_token_indices=tuple(tokens_lib.embedding_index(
+          base_lib.Adapters(outer=outer))),
       rank_pattern=config.get("rank_pattern") or {}, alpha_pattern=alphas,
-      **_start(config))
+      **difference.start(config))
   tree = jax.tree.map(
       jax.numpy.asarray, base_lib.Adapters(layers=layers, outer=outer))
   return Loaded(adapter_config, tree, config, metadata.get(FINGERPRINT),
-                replaced)
-
-
-def _start(config) -> dict[str, Any]:
-  """The fields of `AdapterConfig` that say where A and B started."""
-  init = config.get("init_lora_weights", True)
-  if not _replaces(init):
-    return {}  # Whatever it was, only the tensors count now.
-  loftq = config.get("loftq_config") or {}
-  return {"init": init, "loftq_iterations": loftq.get("loftq_iter", 1)}
-
-
-def _replaces(init) -> bool:
-  return init in starts.DECOMPOSED or bool(
-      isinstance(init, str) and starts.NITER.fullmatch(init))
+                replaced, saved)
 
 
 def _ranks(adapters) -> dict[str, list[int]]:
   both = {**adapters.layers, **adapters.outer}
   return {target: np.atleast_1d(np.asarray(a.rank)).tolist()
-          for target, a in both.items()}
+          for target, a in both.items() if hasattr(a, "rank")}
 
 
 def _read_config(folder) -> dict[str, Any]:
@@ -330,7 +301,7 @@ def _method(config, folder, ours: bool) -> str:
           "merge the adapter with PEFT and use the merged model")
   init = config.get("init_lora_weights", True)
   # What PEFT quantises for LoftQ is not what this code does: ours only.
-  known_start = _replaces(init) and (ours or init != "loftq")
+  known_start = difference.replaces(init) and (ours or init != "loftq")
   if init not in PLAIN_INITS and not known_start:
     raise errors.UserError(
         f"{folder / CONFIG}: init_lora_weights={init!r} changed the base "
@@ -366,12 +337,16 @@ def _by_module(named, paths, shapes, folder):
   modules: dict[str, dict[str, np.ndarray]] = {}
   for name, value in named.items():
     path = name.removeprefix(PREFIX)
-    if path.replace(".base_layer.", ".") in COPIES:
+    plain = path
+    for wrapper in WRAPPERS:
+      plain = plain.replace(f"{wrapper}.", ".")
+    if plain in COPIES:
       if value.shape != tuple(shapes["embed_tokens"]):
         raise errors.UserError(
             f"{folder / WEIGHTS}: {name} has shape {value.shape}, this model "
             f"needs {tuple(shapes['embed_tokens'])}: the vocabulary was "
-            "resized; merge the adapter with PEFT and use the merged model")
+            "resized; give the same model.add_tokens, or merge the adapter "
+            "with PEFT and use the merged model")
       continue
     while path and path not in known:
       path = path.rpartition(".")[0]
