@@ -212,9 +212,11 @@ def read(
       is not supported, or the adapter belongs to another model.
   """
   config = _read_config(folder)
+  method = _method(config, folder)
   named, metadata = _read_tensors(folder)
   replaced = metadata.get(REPLACED)
-  method = _method(config, folder, replaced is not None)
+  if config.get("init_lora_weights") == "loftq" and replaced is None:
+    raise _changed_base(config, folder)  # PEFT quantises otherwise.
   tied = "lm_head" not in paths
   bare = {name.removeprefix(PREFIX): x for name, x in named.items()}
   saved = whole.saved(bare, config, tied, str(folder / CONFIG))
@@ -287,7 +289,14 @@ def _read_config(folder) -> dict[str, Any]:
     ) from None
 
 
-def _method(config, folder, ours: bool) -> str:
+def _changed_base(config, folder) -> errors.UserError:
+  return errors.UserError(
+      f"{folder / CONFIG}: init_lora_weights={config['init_lora_weights']!r} "
+      "changed the base weights; convert the adapter with PEFT's "
+      "path_initial_model_for_weight_conversion and load the result")
+
+
+def _method(config, folder) -> str:
   known = sorted({m.adapter.peft_type for m in registry.METHODS.values()
                   if m.adapter and m.adapter.peft_type})
   if config.get("peft_type") not in known:
@@ -300,13 +309,8 @@ def _method(config, folder, ours: bool) -> str:
           f"{folder / CONFIG}: {name}={config[name]!r} is not supported; "
           "merge the adapter with PEFT and use the merged model")
   init = config.get("init_lora_weights", True)
-  # What PEFT quantises for LoftQ is not what this code does: ours only.
-  known_start = difference.replaces(init) and (ours or init != "loftq")
-  if init not in PLAIN_INITS and not known_start:
-    raise errors.UserError(
-        f"{folder / CONFIG}: init_lora_weights={init!r} changed the base "
-        "weights; convert the adapter with PEFT's "
-        "path_initial_model_for_weight_conversion and load the result")
+  if init not in PLAIN_INITS and not difference.replaces(init):
+    raise _changed_base(config, folder)
   if config.get("use_dora"):
     return "dora"
   return "rslora" if config.get("use_rslora") else "lora"

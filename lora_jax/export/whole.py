@@ -132,6 +132,11 @@ def saved(
   found = {
       name: value for name, value in named.items()
       if ".lora_" not in name and is_saved(name.rpartition(".")[0], modules)}
+  for module in modules:
+    if not any(is_saved(name.rpartition(".")[0], [module]) for name in found):
+      raise errors.UserError(
+          f"{place}: modules_to_save={list(modules)}, but the file holds no "
+          f"tensor of {module}; save the adapter again")
   if tied and not config.get("ensure_weight_tying") and (
       EMBEDDING in found or HEAD in found):
     raise errors.UserError(

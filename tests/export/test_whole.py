@@ -213,7 +213,7 @@ def test_refused(tied, fields, message, models):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(modules_to_save=["lm_head", "norm"]), "which is missing"),
+    (dict(modules_to_save=["lm_head", "norm"]), "holds no tensor of lm_head"),
     (dict(trainable_token_indices=[1, 2]), "of 2 rows for embed_tokens"),
     (dict(ensure_weight_tying=False), "apart from the other"),
 ])
