@@ -21,6 +21,7 @@ from absl import flags
 from experiments import cli
 from experiments import trained
 from lora_jax import errors
+from lora_jax import quant
 from lora_jax.export import hf as hf_export
 
 FORMATS = ("peft", "hf")
@@ -74,6 +75,10 @@ def main(values: flags.FlagValues = flags.FLAGS) -> None:
         "weights, or nothing); use --format=hf")
   else:
     model.save(folder, difference=True)
+    if model.replaced is not None and quant.bits_per_parameter(model.base) > 0:
+      print("note: the adapter is now one of the original weights, and differs "
+            "from what was trained by the quantisation error of what its start "
+            "left in the base; --format=hf is exact")
   size = sum(p.stat().st_size for p in folder.iterdir())
   print(f"{folder}: {size / 1e6:,.1f} MB ({values.format})")
 

@@ -60,6 +60,10 @@ class TokenRows(base.Adapter):
       return weight.at[:, self.index].set(self.rows.T)
     return weight.at[self.index].set(self.rows)
 
+  def rate_groups(self, embedding: bool = False) -> base.Adapter:
+    del embedding  # They learn at A's rate, as in PEFT.
+    return super().rate_groups()
+
   def to_peft(self, embedding: bool = False) -> dict[str, types.Array]:
     del embedding
     return {"token_adapter.trainable_tokens_delta": self.rows}

@@ -95,6 +95,18 @@ def test_what_is_trained_whole_is_in_the_groups_of_peft():
       "layers.norm": 4.0, "layers.w": 0.5, "norm": 4.0, "lm_head": 0.5})
 
 
+def test_rows_of_tokens_learn_at_the_rate_of_a():
+  base = init.random_base(jax.random.key(0), CONFIG)
+  _, tree = adapters_lib.build(
+      jax.random.key(1), adapters_lib.AdapterConfig(
+          targets="q_proj", rank=2, trainable_token_indices=(3, 5)),
+      base, PATHS)
+  groups = adapters_lib.base.rate_groups(tree)
+  assert groups.outer["embed_tokens"].rows is None
+  assert groups.layers["q_proj"].b == "up"
+  assert groups.layers["q_proj"].a is None
+
+
 def test_the_ratio_is_data():
   _, (params, _) = _trees("lora")
   _step(params, params, optim.hyper(optim.OptimConfig(), 0.1))
