@@ -25,6 +25,9 @@ def get_config() -> config_dict.ConfigDict:
   # Use, and keep, the converted base in the cache folder
   # (experiments.quantize).
   config.model.cache = True
+  # Special tokens to add to the vocabulary: "<|im_start|>,<|im_end|>".
+  config.model.add_tokens = ""
+  config.model.pad_vocab_multiple = 1  # of the vocabulary's size, e.g. 64
 
   config.quant = c()
   config.quant.format = "nf4"  # nf4 fp4 int4 int4_affine int8 none
@@ -44,6 +47,14 @@ def get_config() -> config_dict.ConfigDict:
   # module's name, the end of its path, or a regex without a comma.
   config.adapter.rank_pattern = ""
   config.adapter.alpha_pattern = ""
+  # Where A and B start: default, gaussian, or taken out of the weights, which
+  # are replaced by what is left: pissa, pissa_niter_<n> (fast), loftq.
+  config.adapter.init = "default"
+  config.adapter.loftq_iterations = 1
+  # Modules trained whole beside the adapters: "lm_head,norm,input_layernorm".
+  config.adapter.modules_to_save = ""
+  # Tokens whose embeddings are trained: "49152,49153", or new: add_tokens.
+  config.adapter.trainable_token_indices = ""
   config.adapter.init_from = ""  # a PEFT folder to go on from
 
   config.data = c()
@@ -87,6 +98,10 @@ def get_config() -> config_dict.ConfigDict:
   config.optim.eps = 1e-8
   config.optim.decay = 0.2  # wsd: share of steps that decay
   config.optim.final = 0.0  # last learning rate / peak
+  # LoRA+: B's learning rate / A's (16 in the paper); 1 is off.
+  config.optim.lora_plus_ratio = 1.0
+  # Peak learning rate of LoRA on embed_tokens under LoRA+; 0: as A's.
+  config.optim.lora_plus_embedding = 1e-6
 
   # Devices along each axis; -1 is all that are left.
   config.mesh = c()

@@ -9,6 +9,7 @@ import re
 from typing import Any, TypeVar
 
 from lora_jax import adapters
+from lora_jax import api
 from lora_jax import errors
 from lora_jax import mesh as mesh_lib
 from lora_jax import quant as quant_lib
@@ -52,9 +53,48 @@ def adapter(config: Config) -> adapters.AdapterConfig:
   found = _fields(
       adapters.AdapterConfig, block,
       rank_pattern=_pattern("adapter.rank_pattern", block, int),
-      alpha_pattern=_pattern("adapter.alpha_pattern", block, float))
+      alpha_pattern=_pattern("adapter.alpha_pattern", block, float),
+      modules_to_save=names(block["modules_to_save"]),
+      trainable_token_indices=_token_indices(block))
   registry.method(found.method)
   return found.validate()
+
+
+def names(value: str) -> tuple[str, ...]:
+  """`"a, b"` as a tuple."""
+  return tuple(s.strip() for s in value.split(",") if s.strip())
+
+
+def _token_indices(block: Config) -> tuple[int, ...] | str:
+  value = block["trainable_token_indices"]
+  try:
+    return value if value == "new" else tuple(map(int, names(value)))
+  except ValueError:
+    raise errors.UsageError(
+        f"adapter.trainable_token_indices={value} is no list of token ids; "
+        'write "49152,49153", or new') from None
+
+
+def load(config: Config, dtype: str | None = None) -> api.Model:
+  """The model of a config, on its mesh.
+
+  Args:
+    config: all blocks.
+    dtype: compute type; the config's by default.
+
+  Raises:
+    errors.UserError: see `api.load`.
+  """
+  return api.load(
+      locate(config["model"]["path"]), quant=quant(config),
+      dtype=dtype or config["compute"]["dtype"],
+      base_dtype=base_dtype(config), skip=skip(config),
+      chat_template=chat_template(config), mesh=mesh(config),
+      # Runs of earlier versions do not have these.
+      attention=config["compute"].get("attention", "auto"),
+      cache=config["model"].get("cache", True),
+      add_tokens=names(config["model"].get("add_tokens", "")),
+      pad_vocab_multiple=config["model"].get("pad_vocab_multiple", 1))
 
 
 def _pattern(field: str, block: Config, number: Callable) -> dict[str, Any]:

@@ -5,7 +5,9 @@
   python -m experiments.export --workdir=... --format=hf --output=my-model \\
       --dtype=bfloat16
 
-  peft  the adapter, for Hugging Face PEFT and what reads its folders
+  peft  the adapter, for Hugging Face PEFT and what reads its folders; of a run
+        with adapter.init=pissa or loftq the difference from its start, for
+        the original base (exact if quant.format=none)
   hf    the whole model, the adapter merged onto the dequantised base
 """
 
@@ -19,6 +21,7 @@ from absl import flags
 from experiments import cli
 from experiments import trained
 from lora_jax import errors
+from lora_jax import quant
 from lora_jax.export import hf as hf_export
 
 FORMATS = ("peft", "hf")
@@ -72,7 +75,11 @@ def main(values: flags.FlagValues = flags.FLAGS) -> None:
         "--format=peft: this model has no adapter (its method trains the "
         "weights, or nothing); use --format=hf")
   else:
-    model.save(folder)
+    model.save(folder, difference=True)
+    if model.replaced is not None and quant.bits_per_parameter(model.base) > 0:
+      print("note: the adapter is now one of the original weights, and differs "
+            "from what was trained by the quantisation error of what its start "
+            "left in the base; --format=hf is exact")
   size = sum(p.stat().st_size for p in folder.iterdir())
   print(f"{folder}: {size / 1e6:,.1f} MB ({values.format})")
 

@@ -113,13 +113,7 @@ def execute(config: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _execute(config, folder, sinks):
-  model = api.load(
-      blocks.locate(config["model"]["path"]), quant=blocks.quant(config),
-      dtype=config["compute"]["dtype"],
-      base_dtype=blocks.base_dtype(config), skip=blocks.skip(config),
-      chat_template=blocks.chat_template(config), mesh=blocks.mesh(config),
-      attention=config["compute"]["attention"],
-      cache=config["model"]["cache"])
+  model = blocks.load(config)
   rows, held_out, examples = rows_lib.datasets(model, config)
   if config["adapter"]["init_from"]:
     model = model.with_adapter(
@@ -129,7 +123,8 @@ def _execute(config, folder, sinks):
           f"{config['adapter']['init_from']}; of the config's adapter block "
           "only dropout counts")
   else:
-    model = model.adapt(blocks.adapter(config), seed=config["seed"])
+    model = model.adapt(
+        blocks.adapter(config), seed=config["seed"], donate=True)
   train = blocks.train(config)
   asked = rows_lib.prompts(
       model, examples, config["data"]["system"], config["train"]["samples"])

@@ -97,13 +97,7 @@ def from_workdir(folder: str, dtype: str | None = None) -> api.Model:
                     chat_template=blocks.chat_template(config))
   if method != "none":
     _exists(path / "adapter", path)
-  model = api.load(
-      blocks.locate(config["model"]["path"]), quant=blocks.quant(config),
-      dtype=dtype, base_dtype=blocks.base_dtype(config),
-      skip=blocks.skip(config),
-      chat_template=blocks.chat_template(config), mesh=blocks.mesh(config),
-      # Runs made before the field was there have none.
-      cache=config["model"].get("cache", True))
+  model = blocks.load(config, dtype)
   return model if method == "none" else model.with_adapter(path / "adapter")
 
 

@@ -27,6 +27,7 @@ from lora_jax import mesh as mesh_lib
 from lora_jax import quant as quant_lib
 from lora_jax import types
 from lora_jax.adapters import base as base_lib
+from lora_jax.adapters import registry
 from lora_jax.data import dataset as dataset_lib
 from lora_jax.data import formats
 from lora_jax.data import pipeline
@@ -35,14 +36,17 @@ from lora_jax.data import templates
 from lora_jax.data import tokenizer as tokenizer_lib
 from lora_jax.evaluate import generate as generate_lib
 from lora_jax.evaluate import perplexity
+from lora_jax.export import difference as difference_lib
 from lora_jax.export import hf as hf_export
 from lora_jax.export import peft
+from lora_jax.export import whole
 from lora_jax.kernels import attention as attention_lib
 from lora_jax.models import base_cache
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
 from lora_jax.models import hf
 from lora_jax.models import load as load_lib
+from lora_jax.models import resize
 from lora_jax.models import sharding
 from lora_jax.train import loop
 from lora_jax.train import optim as optim_lib
@@ -71,6 +75,10 @@ class Model:
     peft_config: `adapter_config.json` of an adapter that was read.
     mesh: devices to spread over, or None for one.
     attention: what computes attention, a key of `kernels.attention.CHOICES`.
+    replaced: digest of the weights that the adapters' start replaced in the
+      base (see `adapters.starts`), or None.
+    new_tokens: ids of the tokens that `load` was asked to add.
+    resized: whether the vocabulary is larger than the source's.
   """
 
   config: config_lib.ModelConfig
@@ -86,6 +94,9 @@ class Model:
   peft_config: dict[str, Any] | None = None
   mesh: Any = None
   attention: str = "auto"
+  replaced: str | None = None
+  new_tokens: tuple[int, ...] = ()
+  resized: bool = False
 
   @property
   def paths(self) -> dict[str, list[str]]:
@@ -94,23 +105,51 @@ class Model:
 
   def adapt(
       self, config: adapters_lib.AdapterConfig | None = None, *,
-      seed: int = 0, **fields) -> Model:
+      seed: int = 0, donate: bool = False, **fields) -> Model:
     """With fresh adapters.
 
     Args:
       config: the adapter block; or give its fields by name.
       seed: of the initialisation.
+      donate: whether an init that replaces base weights writes over those of
+        this model, which is then of no more use; large bases fit once.
       **fields: of `AdapterConfig`, if `config` is None.
 
     Raises:
       errors.UsageError: for an unknown method or target, or a bad value.
     """
     config = config or adapters_lib.AdapterConfig(**fields)
+    self._check_whole()
+    if config.trainable_token_indices == "new":
+      if not self.new_tokens:
+        raise errors.UsageError(
+            'adapter.trainable_token_indices="new", but model.add_tokens names '
+            "none; give ids, or name tokens there")
+      config = dataclasses.replace(
+          config, trainable_token_indices=self.new_tokens)
     base, tree = adapters_lib.build(
-        jax.random.key(seed), config, self.base, self.paths)
+        jax.random.key(seed), config, self.base, self.paths,
+        load_lib.originals(self.source, self._whole), donate)
+    return self._with(base, tree, config, None)
+
+  def _with(self, base, tree, config, text):
+    """With these adapters, and a base that their start may have changed."""
+    taken = {name: (a.a0, a.b0)
+             for name, a in (tree.layers | tree.outer).items()
+             if getattr(a, "a0", None) is not None}
+    replaced = None
+    if taken:
+      base = self._place(base)
+      replaced = adapters_lib.starts.digest(base, taken)
     return dataclasses.replace(
         self, base=base, adapters=self._place(tree), adapter_config=config,
-        peft_config=None)
+        peft_config=text, replaced=replaced)
+
+  def _check_whole(self):
+    if self.replaced is not None:
+      raise errors.UsageError(
+          f"adapter.init={self.adapter_config.init} has changed this model's "
+          "base; load the model again for another adapter")
 
   def with_adapter(
       self, folder: str | pathlib.Path, *, dropout: float | None = None
@@ -133,15 +172,53 @@ class Model:
           f"{loaded.fingerprint[:12]}, this one ({self.source}) has "
           f"{self.fingerprint[:12]}; give the model it was trained on")
     tree, config, text = loaded.adapters, loaded.config, loaded.peft_config
+    targets, overrides = whole.overrides(
+        self.config, self.base, text.get("modules_to_save") or (),
+        loaded.saved, str(folder))
+    tree = dataclasses.replace(tree, overrides=overrides)
+    config = dataclasses.replace(config, modules_to_save=targets)
     if dropout is not None:
       tree = jax.tree.map(
-          lambda a: a.replace(rate=jnp.full_like(a.rate, dropout)), tree,
+          lambda a: a.replace(rate=jnp.full_like(a.rate, dropout))
+          if hasattr(a, "rate") else a, tree,
           is_leaf=lambda x: isinstance(x, base_lib.Adapter))
       config = dataclasses.replace(config, dropout=dropout).validate()
       text = text | {"lora_dropout": dropout}
-    return dataclasses.replace(
-        self, adapters=self._place(tree), adapter_config=config,
-        peft_config=text)
+    base = self.base
+    if config.start().decompose is not None:
+      base, tree = self._replaced(loaded, tree)
+    found = self._with(base, tree, config, text)
+    if loaded.replaced not in (None, found.replaced):
+      raise errors.UserError(
+          f"{folder}: the adapter was trained beside base weights with digest "
+          f"{loaded.replaced[:12]}, adapter.init={config.init} makes "
+          f"{found.replaced[:12]} of this base; use the quant block it was "
+          "trained with, on the same kind of machine")
+    return found
+
+  def _replaced(self, loaded, tree):
+    """(base, adapters with A0 and B0) from which a folder's training began."""
+    self._check_whole()
+    start = loaded.config.start()
+    if loaded.replaced is None:
+      # PEFT's randomised SVD draws from torch's generator: what it took out of
+      # the base is known up to that draw. The exact SVD is the limit.
+      start = adapters_lib.starts.choose("pissa")
+    base, factors = adapters_lib.starts.replace(
+        start, self.base, registry.placements(tree),
+        load_lib.originals(self.source, self._whole))
+
+    def attach(name, adapter):
+      if name not in factors:
+        return adapter
+      a, b = factors[name]
+      if name in tree.outer:
+        a, b = a[0], b[0]
+      return adapter.replace(a0=a, b0=b)
+
+    return base, tree.replace(
+        layers={k: attach(k, v) for k, v in tree.layers.items()},
+        outer={k: attach(k, v) for k, v in tree.outer.items()})
 
   def encode(
       self, examples: Sequence[formats.Example], *,
@@ -235,6 +312,7 @@ class Model:
             max_length or int(rows.lengths.max()), packing, seed),
         learning_rates=optim_lib.learning_rates(optim, config.steps),
         optim=optim,
+        base_digest=self.replaced,
         settings=step_lib.Settings(
             dtype=self.dtype, remat=remat,
             noise=self.adapter_config.dropout > 0,
@@ -277,8 +355,21 @@ class Model:
     ids = {*self.config.eos_ids, self.tokenizer.eos_token_id}
     return tuple(sorted(i for i in ids if i is not None))
 
-  def save(self, folder: str | pathlib.Path) -> None:
+  def save(
+      self, folder: str | pathlib.Path, *, difference: bool = False) -> None:
     """Saves the adapters in PEFT's format.
+
+    Adapters that started by replacing base weights (`adapters.starts`) need
+    them replaced again when they are read: `with_adapter` does so, exactly;
+    PEFT does so for PiSSA on an unquantised base. Their *difference* is an
+    ordinary LoRA of twice the rank on the original weights. It computes what
+    was trained if the base is not quantised; if it is, what was trained
+    beside the quantised residual now stands beside the original weights, and
+    differs by the residual's quantisation error. (`save_merged` is exact.)
+
+    Args:
+      folder: where.
+      difference: whether to write the difference instead.
 
     Raises:
       errors.UserError: if PEFT has no counterpart (`save_merged` does), or
@@ -286,8 +377,15 @@ class Model:
     """
     config = self.peft_config or peft.peft_config(
         self.adapter_config, self.adapters, self.paths, self.source)
-    peft.write(pathlib.Path(folder), self.adapters, config, self.paths,
-               self.fingerprint, hf.fused_modules(self.config))
+    tree, replaced = self.adapters, self.replaced
+    if difference and replaced is not None:
+      tree, config = difference_lib.convert(tree, config)
+      replaced = None
+    peft.write(
+        pathlib.Path(folder), tree, config, self.paths, self.fingerprint,
+        hf.fused_modules(self.config), replaced,
+        whole.tables(tree, self.base) if self.resized else None,
+        self.tokenizer if self.new_tokens else None)
 
   def save_merged(
       self, folder: str | pathlib.Path, dtype: str = "float32") -> None:
@@ -317,6 +415,11 @@ class Model:
   def _place(self, tree: types.Tree) -> types.Tree:
     return tree if self.mesh is None else sharding.put(self.mesh, tree)
 
+  def _whole(self, array: types.Array) -> jax.Array:
+    """Not cut: on every device."""
+    return jnp.asarray(array) if self.mesh is None else mesh_lib.put(
+        self.mesh, array, (None,) * array.ndim)
+
   def _place_batch(self, batch: types.Batch) -> types.Batch:
     return batch if self.mesh is None else mesh_lib.put_batch(
         self.mesh, batch)
@@ -332,6 +435,8 @@ def load(
     mesh: mesh_lib.MeshConfig | None = None,
     attention: str = "auto",
     cache: bool = True,
+    add_tokens: Sequence[str] = (),
+    pad_vocab_multiple: int = 1,
 ) -> Model:
   """Loads a model and its tokenizer.
 
@@ -346,6 +451,8 @@ def load(
     attention: what computes attention; `auto` takes the fastest that can.
     cache: whether the converted base is taken from, and kept in, the cache
       folder; see `models.base_cache`.
+    add_tokens: special tokens to add, e.g. those of a chat template.
+    pad_vocab_multiple: see `models.resize.grow`.
 
   Raises:
     errors.UserError: see `models.load.load`.
@@ -361,10 +468,16 @@ def load(
       source, quant, stored, skip, root=base_folder() if cache else None,
       mesh=spread)
   tokenizer = tokenizer_lib.load(source.label, chat_template)
+  new = tokenizer_lib.add_tokens(tokenizer, add_tokens) if add_tokens else ()
+  config, base = resize.grow(
+      loaded.config, loaded.base, max(new, default=-1) + 1, pad_vocab_multiple)
+  resized = config is not loaded.config
+  if resized and spread is not None:
+    base = sharding.put(spread, base)
   return Model(
-      config=loaded.config, base=loaded.base, tokenizer=tokenizer,
+      config=config, base=base, tokenizer=tokenizer,
       fingerprint=loaded.fingerprint, source=path, dtype=dtype, mesh=spread,
-      attention=attention)
+      attention=attention, new_tokens=tuple(new), resized=resized)
 
 
 def base_folder() -> pathlib.Path:

@@ -1,5 +1,6 @@
 """PEFT methods: small trainable trees beside a frozen base."""
 
+from lora_jax.adapters import starts
 from lora_jax.adapters.base import Adapter
 from lora_jax.adapters.base import Adapters
 from lora_jax.adapters.base import join
@@ -14,5 +15,6 @@ from lora_jax.adapters.registry import METHODS
 
 __all__ = [
     "METHODS", "Adapter", "AdapterConfig", "Adapters", "Noise", "build",
-    "join", "prepared", "project", "split", "trainable_size",
+    "join", "prepared", "project", "split", "starts",
+    "trainable_size",
 ]

@@ -39,6 +39,16 @@ def frozen(*axes: str | None, **options) -> Any:
   return mesh_lib.axes(*axes, metadata={"trainable": False}, **options)
 
 
+def up(*axes: str | None, **options) -> Any:
+  """A trained field that starts at zero and learns at LoRA+'s faster rate."""
+  return mesh_lib.axes(*axes, metadata={"rate_group": "up"}, **options)
+
+
+# Groups of parameters whose learning rate LoRA+ (arXiv 2402.12354) changes:
+# what starts at zero, and the adapters of embeddings.
+RATE_GROUPS = ("up", "embedding")
+
+
 @struct.dataclass
 class Noise:
   """Counter-based randomness that packing and sharding cannot move.
@@ -94,6 +104,8 @@ class Adapter:
 
   # PEFT's `peft_type`; None where Hugging Face PEFT has no counterpart.
   peft_type: ClassVar[str | None] = None
+  # Whether a head that is tied to an adapted embedding follows it.
+  follows_tie: ClassVar[bool] = False
 
   def apply(
       self, x: types.Array, weight: types.Tree, noise: Noise | None = None
@@ -108,6 +120,20 @@ class Adapter:
     del weight
     return self
 
+  def tied_logits(self, x: types.Array, logits: types.Array) -> types.Array:
+    """Logits `[..., v]` of a head tied to the embedding that this adapts.
+
+    Args:
+      x: `[..., d]`, what the head was applied to.
+      logits: of the frozen table.
+    """
+    del x
+    return logits
+
+  def difference(self) -> Adapter:
+    """This adapter on the base before `starts` changed it; see `LoRA`."""
+    return self
+
   def to_peft(self, embedding: bool = False) -> dict[str, types.Array]:
     """PEFT's tensors of one unstacked module, by name suffix."""
     raise TypeError(f"{type(self).__name__} has no counterpart in PEFT")
@@ -116,6 +142,24 @@ class Adapter:
   def from_peft(cls, tensors, width: int, frozen) -> Adapter:
     """Inverse of `to_peft`; see `LoRA.from_peft`."""
     raise TypeError(f"{cls.__name__} has no counterpart in PEFT")
+
+  def rate_groups(self, embedding: bool = False) -> Adapter:
+    """A key of `RATE_GROUPS` or None in place of every leaf.
+
+    Args:
+      embedding: whether this adapts `embed_tokens`.
+    """
+
+    def group(field):
+      if getattr(self, field.name) is None:
+        return None
+      if embedding:
+        return "embedding"
+      return field.metadata.get("rate_group")
+
+    return dataclasses.replace(self, **{
+        field.name: group(field) for field in dataclasses.fields(self)
+        if field.metadata.get("pytree_node", True)})
 
   def size(self) -> int:
     """Trainable parameters; padding does not count."""
@@ -176,6 +220,29 @@ def _select(tree: types.Tree, trainable: bool) -> types.Tree:
         and field.metadata.get("trainable", True) != trainable})
 
   return jax.tree.map(pick, tree, is_leaf=lambda x: isinstance(x, Adapter))
+
+
+def rate_groups(params: types.Tree) -> types.Tree:
+  """LoRA+'s group of every leaf of `params`, or None where it says nothing.
+
+  {"outer": {"embed_tokens": LoRA(a, b)}} -> LoRA("embedding", "embedding")
+  {"layers": {"q_proj": LoRA(a, b)}}      -> LoRA(None, "up")
+
+  Args:
+    params: the trainable part of an `Adapters`, or any tree.
+
+  Returns:
+    A partial tree with names of `RATE_GROUPS` for leaves.
+  """
+
+  def groups(path, node):
+    if not isinstance(node, Adapter):
+      return None
+    return node.rate_groups(embedding=trees.path_str(path).endswith(
+        "embed_tokens"))
+
+  return jax.tree_util.tree_map_with_path(
+      groups, params, is_leaf=lambda x: isinstance(x, Adapter))
 
 
 def join(trainable: types.Tree, frozen_part: types.Tree) -> types.Tree:

@@ -7,6 +7,7 @@ import dataclasses
 import re
 
 from lora_jax import errors
+from lora_jax.adapters import starts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,11 @@ class AdapterConfig:
     layers: which layers, `"0-7,20"`, or None for all.
     rank_pattern: module name or regex -> rank (PEFT's rule).
     alpha_pattern: module name or regex -> alpha.
+    init: where A and B start; see `starts`.
+    loftq_iterations: of init="loftq".
+    modules_to_save: targets that are trained whole; see `saved`.
+    trainable_token_indices: tokens whose embeddings are trained; see `tokens`.
+      "new" stands for those that the model was given (`api.load`).
   """
 
   method: str = "lora"
@@ -32,6 +38,10 @@ class AdapterConfig:
   layers: str | tuple[int, ...] | None = None
   rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
   alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  init: str = "default"
+  loftq_iterations: int = 1
+  modules_to_save: tuple[str, ...] = ()
+  trainable_token_indices: tuple[int, ...] | str = ()
 
   def validate(self) -> AdapterConfig:
     """Returns itself.
@@ -49,6 +59,11 @@ class AdapterConfig:
       raise errors.UsageError(
           f"adapter.dropout={self.dropout} is out of range; use a rate in "
           "[0, 1)")
+    if not 1 <= self.loftq_iterations <= 100:
+      raise errors.UsageError(
+          f"adapter.loftq_iterations={self.loftq_iterations} is out of range; "
+          "use an integer from 1 to 100")
+    self.start()
     alphas = {"adapter.alpha": self.alpha} | {
         f'adapter.alpha_pattern["{k}"]': v
         for k, v in self.alpha_pattern.items()}
@@ -57,6 +72,14 @@ class AdapterConfig:
         raise errors.UsageError(
             f"{place}={alpha} is out of range; use a positive number")
     return self
+
+  def start(self) -> starts.Start:
+    """Where A and B start.
+
+    Raises:
+      errors.UsageError: if `init` names nothing.
+    """
+    return starts.choose(self.init, self.loftq_iterations)
 
 
 def by_pattern(path: str, pattern: Mapping, default):

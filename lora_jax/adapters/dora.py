@@ -21,10 +21,12 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from lora_jax import errors
 from lora_jax import quant
 from lora_jax import types
 from lora_jax.adapters import base
 from lora_jax.adapters import lora
+from lora_jax.adapters import starts
 
 
 @struct.dataclass
@@ -78,6 +80,13 @@ class DoRA(lora.LoRA):
   def to_peft(self, embedding=False):
     return super().to_peft(embedding) | {"lora_magnitude_vector": self.m}
 
+  def difference(self):
+    raise errors.UserError(
+        "DoRA's gain m/||V|| multiplies the whole weight, so that its change "
+        "is no difference of low ranks; export with --format=hf, or as it is "
+        "(the adapter folder of the run, which PEFT reads beside an "
+        "unquantised base)")
+
   @classmethod
   def from_peft(cls, tensors, width, frozen):
     plain = lora.LoRA.from_peft(tensors, width, frozen)
@@ -85,11 +94,12 @@ class DoRA(lora.LoRA):
     return cls(a=plain.a, b=plain.b, m=m, **frozen)
 
 
-def init(key, weight, width, frozen, embedding=False):
-  """(none, adapter); see `lora.init`."""
-  _, plain = lora.init(key, weight, width, frozen, embedding)
-  w = quant.dequantize(weight, jnp.float32)
-  # The padded part of a partial stack is zero, so delta is what counts here;
-  # at init it is zero everywhere and m is the norm of W0 alone.
-  return None, DoRA(
-      a=plain.a, b=plain.b, m=jnp.linalg.norm(w, axis=0), **frozen)
+def init(key, weight, width, frozen, embedding=False, draw=starts.kaiming,
+         given=None):
+  """The adapter of one module; see `lora.init`."""
+  plain = lora.init(key, weight, width, frozen, embedding, draw, given)
+  # A drawn start has no delta, and m is the norm of W0 alone.
+  v = quant.dequantize(weight, jnp.float32) + plain.delta()
+  return DoRA(
+      a=plain.a, b=plain.b, a0=plain.a0, b0=plain.b0,
+      m=jnp.linalg.norm(v, axis=0), **frozen)

@@ -4,9 +4,9 @@
 
 with W0 `[i, o]` frozen, A `[i, r]` ~ U(-1/sqrt(i), 1/sqrt(i)) (what
 `kaiming_uniform(a=sqrt(5))` gives) and B `[r, o]` = 0, so that h = x W0 at
-init. rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) has s = alpha / sqrt(r).
-On embeddings the roles are reversed, as in Hugging Face PEFT: A `[v, r]` = 0
-and B `[r, d]` ~ N(0, 1).
+init (`starts` has others). rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) has
+s = alpha / sqrt(r). On embeddings the roles are reversed, as in Hugging Face
+PEFT: A `[v, r]` = 0 and B `[r, d]` ~ N(0, 1).
 
 Trainable parameters: r (i + o) a matrix.
 
@@ -17,6 +17,7 @@ their gradients: it needs no mask.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import ClassVar
 
 from flax import struct
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 from lora_jax import quant
 from lora_jax import types
 from lora_jax.adapters import base
+from lora_jax.adapters import starts
 
 
 @struct.dataclass
@@ -37,13 +39,16 @@ class LoRA(base.Adapter):
     scale: `[]`, s.
     rate: `[]`, dropout rate.
     rank: `[]` int32, the rank of this layer (0: not adapted).
+    a0, b0: where A and B started, if they were taken out of the base.
   """
 
   a: types.Array = base.trained("in", None)
-  b: types.Array = base.trained(None, "out")
+  b: types.Array = base.up(None, "out")
   scale: types.Array = base.frozen()
   rate: types.Array = base.frozen()
   rank: types.Array = base.frozen()
+  a0: types.Array | None = base.frozen("in", None, default=None)
+  b0: types.Array | None = base.frozen(None, "out", default=None)
 
   peft_type: ClassVar[str | None] = "LORA"
 
@@ -83,6 +88,20 @@ class LoRA(base.Adapter):
       return {"lora_embedding_A": a, "lora_embedding_B": b}
     return {"lora_A.weight": a, "lora_B.weight": b}
 
+  def difference(self) -> LoRA:
+    """One unstacked module as an adapter of the base before `starts` took
+    A0 B0 out of it: `[A | A0]`, `[B ; -B0]`, of twice the rank."""
+    r, width = int(self.rank), self.a.shape[1]
+    pad = 2 * (width - r)
+    a0 = 0 * self.a if self.a0 is None else self.a0
+    b0 = 0 * self.b if self.b0 is None else self.b0
+    return dataclasses.replace(
+        self, rank=2 * self.rank, a0=None, b0=None,
+        a=jnp.pad(jnp.concatenate([self.a[:, :r], a0[:, :r]], 1),
+                  ((0, 0), (0, pad))),
+        b=jnp.pad(jnp.concatenate([self.b[:r], -b0[:r]], 0),
+                  ((0, pad), (0, 0))))
+
   @classmethod
   def from_peft(cls, tensors, width, frozen):
     """Inverse of `to_peft`; `width` is the stack's rank.
@@ -100,8 +119,9 @@ class LoRA(base.Adapter):
         b=jnp.pad(jnp.asarray(b, jnp.float32), ((0, pad), (0, 0))), **frozen)
 
 
-def init(key, weight, width, frozen, embedding=False):
-  """(replacement of the base weight: none, adapter) for one module.
+def init(key, weight, width, frozen, embedding=False, draw=starts.kaiming,
+         given=None):
+  """The adapter of one module before the first step.
 
   Args:
     key: PRNG key of this layer and target.
@@ -109,15 +129,12 @@ def init(key, weight, width, frozen, embedding=False):
     width: r of the stack; columns from `frozen["rank"]` on are zero.
     frozen: the frozen fields' values.
     embedding: whether the weight is a table, `[v, d]`.
+    draw: `(key, i, o, width, rank) -> (A, B)`; see `starts`.
+    given: (A, B) that were taken out of the weight, instead.
   """
-  i, o = weight.shape[-2:]
-  used = (jnp.arange(width) < frozen["rank"]).astype(jnp.float32)
-  if embedding:
-    a = jnp.zeros((i, width), jnp.float32)
-    b = jax.random.normal(key, (width, o), jnp.float32) * used[:, None]
-  else:
-    bound = i ** -0.5
-    a = jax.random.uniform(
-        key, (i, width), jnp.float32, -bound, bound) * used
-    b = jnp.zeros((width, o), jnp.float32)
-  return None, LoRA(a=a, b=b, **frozen)
+  if given is not None:
+    a, b = given
+    return LoRA(a=a, b=b, a0=a, b0=b, **frozen)
+  draw = starts.embedding if embedding else draw
+  a, b = draw(key, *weight.shape[-2:], width, frozen["rank"])
+  return LoRA(a=a, b=b, **frozen)

@@ -23,7 +23,10 @@ from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import dora
 from lora_jax.adapters import full
 from lora_jax.adapters import lora
+from lora_jax.adapters import saved
+from lora_jax.adapters import starts
 from lora_jax.adapters import targets
+from lora_jax.adapters import tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +36,8 @@ class Method:
   Attributes:
     summary: the equation and the paper, for the docs.
     adapter: the projection adapter's type, or None.
-    init: `(key, weight, width, frozen, embedding) -> (replacement, adapter)`
-      for one module; a replacement of None leaves the base weight alone.
+    init: `(key, weight, width, frozen, embedding, draw, given) -> adapter` of
+      one module; see `lora.init`.
     scale: s as a function of alpha and r.
     identity_at_init: whether h(x) = x W0 before the first step.
     peft_config: the keys this method adds to PEFT's `adapter_config.json`.
@@ -135,11 +138,20 @@ def place(
   return placements
 
 
+def placements(adapters: base.Adapters) -> dict[str, Placement]:
+  """`place`'s answer for adapters that are there."""
+  both = jax.device_get({**adapters.layers, **adapters.outer})
+  return {name: Placement(*map(np.atleast_1d, (a.rank, a.scale, a.rate)))
+          for name, a in both.items() if hasattr(a, "rank")}
+
+
 def build(
     key: jax.Array,
     config: config_lib.AdapterConfig,
     tree: types.Tree,
     paths: Mapping[str, Sequence[str]],
+    originals: starts.Originals | None = None,
+    donate: bool = False,
 ) -> tuple[types.Tree, base.Adapters]:
   """(base, adapters) for a config: the start of a run.
 
@@ -148,35 +160,50 @@ def build(
     config: the adapter block.
     tree: the base: `layers[target].weight` stacked, `embed_tokens`, `lm_head`.
     paths: module paths by target, outer ones (`embed_tokens`, `lm_head`) too.
+    originals: see `starts.replace`.
+    donate: see `starts.replace`.
 
   Returns:
     The base, perhaps with weights replaced or removed, and the adapters.
 
   Raises:
-    errors.UsageError: see `place`.
+    errors.UsageError: see `place` and `starts.replace`.
   """
   row = method(config.method)
   if row.build is not None:
+    for field in ("modules_to_save", "trainable_token_indices"):
+      if getattr(config, field):
+        raise errors.UsageError(
+            f"adapter.{field} stands beside adapters, and adapter.method="
+            f"{config.method} makes none; leave it empty, or use lora")
     return row.build(tree)
   assert row.init is not None  # A row has one of the two.
+  start, placements = config.start(), place(config, paths)
+  if "lm_head" in placements:
+    _head(tree)
+  given: Mapping[str, Any] = {}
+  if start.decompose is not None:
+    tree, given = starts.replace(start, tree, placements, originals, donate)
   layers, outer = {}, {}
-  for name, placement in place(config, paths).items():
+  for name, placement in placements.items():
     subkey = jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
     frozen = placement.frozen()
     if name in tree.layers:
-      linear = tree.layers[name]
-      replacement, layers[name] = _init_stacked(row.init, placement.width)(
-          subkey, linear.weight, frozen)
-      if replacement is not None:
-        linear = linear.replace(weight=replacement)
-        tree = tree.replace(layers=tree.layers | {name: linear})
+      layers[name] = _init_stacked(row.init, placement.width, start.draw)(
+          subkey, tree.layers[name].weight, frozen, given.get(name))
     else:
       one = {k: jnp.asarray(v[0]) for k, v in frozen.items()}
       embedding = name == "embed_tokens"
       weight = tree.embed_tokens if embedding else _head(tree)
-      _, outer[name] = row.init(
-          subkey, weight, placement.width, one, embedding)
-  return tree, base.Adapters(layers=layers, outer=outer)
+      outer[name] = row.init(
+          subkey, weight, placement.width, one, embedding, start.draw,
+          jax.tree.map(lambda x: x[0], given.get(name)))
+  indices = config.trainable_token_indices
+  assert not isinstance(indices, str)  # Whoever knows the tokens gives ids.
+  outer |= tokens.build(tree, indices, [*outer, *config.modules_to_save])
+  return tree, base.Adapters(
+      layers=layers, outer=outer, overrides=saved.overrides(
+          tree, config.modules_to_save, placements))
 
 
 def _head(tree):
@@ -187,15 +214,17 @@ def _head(tree):
   return tree.lm_head.weight
 
 
-def _init_stacked(init, width):
+def _init_stacked(init, width, draw):
   # One layer at a time: a dequantised stack would not fit beside the base.
-  def run(key, weight, frozen):
+  def run(key, weight, frozen, given):
     depth = frozen["rank"].shape[0]
 
     def one(carry, xs):
-      layer, w, values = xs
-      return carry, init(jax.random.fold_in(key, layer), w, width, values)
+      layer, w, values, pair = xs
+      return carry, init(jax.random.fold_in(key, layer), w, width, values,
+                         draw=draw, given=pair)
 
-    return jax.lax.scan(one, None, (jnp.arange(depth), weight, frozen))[1]
+    return jax.lax.scan(
+        one, None, (jnp.arange(depth), weight, frozen, given))[1]
 
   return jax.jit(run)

@@ -8,6 +8,7 @@ each model's own tokenizer.json. No torch is needed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import pathlib
 from typing import Any, TYPE_CHECKING
 
@@ -53,6 +54,28 @@ def load(
   if chat_template is not None:
     tokenizer.chat_template = _template_text(chat_template)
   return tokenizer
+
+
+def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
+  """Adds special tokens that are not there; gives the ids of all.
+
+  Args:
+    tokenizer: changed in place.
+    tokens: such as `<|im_start|>`; each is never split, and left out of text
+      that is decoded without special tokens.
+
+  Raises:
+    errors.UserError: if one is empty or named twice.
+  """
+  import tokenizers
+
+  if not all(tokens) or len(set(tokens)) < len(tokens):
+    raise errors.UserError(
+        f"model.add_tokens={','.join(tokens)}: name every token once")
+  tokenizer.add_tokens(
+      [tokenizers.AddedToken(t, normalized=False, special=True)
+       for t in tokens], special_tokens=True)
+  return tokenizer.convert_tokens_to_ids(list(tokens))
 
 
 def _template_text(chat_template: str) -> str:

@@ -49,8 +49,8 @@ def merged(
 ) -> tuple[config_lib.ModelConfig, Iterator[tuple[str, np.ndarray]]]:
   """The adapted model without adapters.
 
-  An adapter of a tied embedding or head changes one of the two only, so the
-  merged model has both.
+  Most adapters of a tied embedding or head change one of the two only, so the
+  merged model then has both.
 
   Args:
     model: the architecture.
@@ -69,7 +69,8 @@ def merged(
   errors.choose("dtype", dtype, DTYPES)
   adapters = adapters or adapters_lib.Adapters()
   base = decoder.combined(base, adapters)
-  if model.tie_embeddings and adapters.outer:
+  if model.tie_embeddings and not all(
+      a.follows_tie for a in adapters.outer.values()):
     model = dataclasses.replace(model, tie_embeddings=False)
     base = dataclasses.replace(
         base, lm_head=decoder.Linear(weight=base.embed_tokens.T))

@@ -27,9 +27,12 @@ from lora_jax import processes
 from lora_jax.adapters import base as base_lib
 from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import registry
+from lora_jax.adapters import tokens as tokens_lib
+from lora_jax.export import difference
 from lora_jax.export import folders
 from lora_jax.export import fused as fused_lib
 from lora_jax.export import tensors as tensors_lib
+from lora_jax.export import whole
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -39,20 +42,24 @@ FINGERPRINT = "lora_jax.base"
 # PEFT options that change what is computed, and the values that do not.
 NEUTRAL: dict[str, tuple] = {
     "bias": ("none",), "fan_in_fan_out": (False,), "lora_bias": (False,),
-    "modules_to_save": (None, []), "layer_replication": (None,),
-    "trainable_token_indices": (None,), "use_qalora": (False,),
+    "layer_replication": (None,), "use_qalora": (False,),
     "target_parameters": (None, []), "alora_invocation_tokens": (None,),
-    "use_bdlora": (None, False), "ensure_weight_tying": (False,),
+    "use_bdlora": (None, False),
     "megatron_config": (None,), "arrow_config": (None,),
     "velora_config": (None,), "kasa_config": (None,),
     "monteclora_config": (None,),
 }
+# Of the base weights that the start of an adapter replaced; see `starts`.
+REPLACED = "lora_jax.replaced"
 # Initialisations after which the folder needs no other base weights.
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 # Outside of the layers; stacked targets have a module in each of them.
 OUTER = ("embed_tokens", "lm_head")
-# Frozen weights that PEFT saves too when an adapter is on one of the two.
+# Frozen weights that PEFT saves too when an adapter is on one of the two, or
+# the vocabulary was resized; the parts of paths that its wrappers add to them.
 COPIES = ("model.embed_tokens.weight", "lm_head.weight")
+WRAPPERS = (".base_layer", ".original_module", ".modules_to_save",
+            ".token_adapter")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +71,17 @@ class Loaded:
     adapters: the tree, stacked for the model.
     peft_config: `adapter_config.json` as it stands; `write` takes it back.
     fingerprint: of the base it was trained on, if this code wrote it.
+    replaced: digest of the base weights that its start replaced, likewise.
+    saved: tensors of modules that are trained whole, by Hugging Face's names;
+      see `whole.overrides`.
   """
 
   config: config_lib.AdapterConfig
   adapters: base_lib.Adapters
   peft_config: dict[str, Any]
   fingerprint: str | None
+  replaced: str | None = None
+  saved: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def peft_config(
@@ -91,6 +103,7 @@ def peft_config(
     else:
       names += [p for p, r in zip(paths[target], ranks, strict=True) if r]
   alpha = float(config.alpha)
+  whole_names = whole.names(adapters.overrides)
   return {
       "peft_type": row.adapter.peft_type if row.adapter else None,
       "task_type": "CAUSAL_LM",
@@ -104,10 +117,15 @@ def peft_config(
       "alpha_pattern": dict(config.alpha_pattern),
       "bias": "none",
       "fan_in_fan_out": False,
-      "init_lora_weights": True,
+      "init_lora_weights": (
+          True if config.init == "default" else config.init),
       "use_dora": False,
       "use_rslora": False,
-  } | dict(row.peft_config)
+      "modules_to_save": whole_names or None,
+      "trainable_token_indices": whole.token_indices(adapters),
+      "ensure_weight_tying": (
+          "embed_tokens" in whole_names and "lm_head" not in paths),
+  } | dict(row.peft_config) | difference.loftq(config)
 
 
 def tensors(
@@ -127,7 +145,8 @@ def tensors(
       for suffix, value in module.to_peft(embedding).items():
         name = f"{PREFIX}{paths[target][layer]}.{suffix}"
         found[name] = np.ascontiguousarray(value, np.float32)
-  return found
+  saved = whole.tensors(host, tied="lm_head" not in paths)
+  return found | {f"{PREFIX}{name}": value for name, value in saved.items()}
 
 
 def write(
@@ -137,6 +156,9 @@ def write(
     paths: Mapping[str, Sequence[str]],
     fingerprint: str | None = None,
     fused: fused_lib.Fused | None = None,
+    replaced: str | None = None,
+    more: Mapping[str, np.ndarray] | None = None,
+    tokenizer: Any = None,
 ) -> None:
   """Writes an adapter folder; a folder that is there is replaced whole.
 
@@ -147,6 +169,9 @@ def write(
     paths: module paths by target.
     fingerprint: of the base, kept in the file's metadata.
     fused: modules that transformers has in place of several of `paths`.
+    replaced: see `Loaded`; kept there, too.
+    more: tensors to write beside the adapters', e.g. `whole.tables`.
+    tokenizer: saved beside them, if given.
 
   Raises:
     errors.UserError: if the method has no PEFT counterpart, or the disk is
@@ -158,12 +183,15 @@ def write(
   metadata = {"format": "pt"}
   if fingerprint:
     metadata[FINGERPRINT] = fingerprint
+  if replaced:
+    metadata[REPLACED] = replaced
   adapters = jax.tree.map(mesh_lib.fetch, adapters)
   if not processes.writes():
     return
-  named, config, more = fused_lib.join(
+  named, config, joined = fused_lib.join(
       tensors(adapters, paths), config, fused or {}, paths)
-  metadata |= more
+  metadata |= joined
+  named |= {f"{PREFIX}{name}": x for name, x in (more or {}).items()}
   named = dict(sorted(named.items()))
   # Patterns keep their order: the first that matches a module counts.
   text = json.dumps(dict(sorted(config.items())), indent=2) + "\n"
@@ -172,6 +200,8 @@ def write(
         fresh / WEIGHTS, {name: x.shape for name, x in named.items()},
         named.items(), "float32", metadata)
     (fresh / CONFIG).write_text(text, encoding="utf-8")
+    if tokenizer is not None:
+      tokenizer.save_pretrained(fresh)
 
 
 def read(
@@ -198,18 +228,28 @@ def read(
   config = _read_config(folder)
   method = _method(config, folder)
   named, metadata = _read_tensors(folder)
+  replaced = metadata.get(REPLACED)
+  if config.get("init_lora_weights") == "loftq" and replaced is None:
+    raise _changed_base(config, folder)  # PEFT quantises otherwise.
   named, config = fused_lib.split(
       named, config, fused or {}, paths, metadata, str(folder / WEIGHTS))
-  modules = _by_module(named, paths, shapes, folder)
+  tied = "lm_head" not in paths
+  bare = {name.removeprefix(PREFIX): x for name, x in named.items()}
+  saved = whole.saved(bare, config, tied, str(folder / CONFIG))
+  outer, found = whole.rows(bare, config, tied, str(folder / CONFIG))
+  modules = _by_module(
+      {k: v for k, v in named.items()
+       if k.removeprefix(PREFIX) not in {*saved, *found}},
+      paths, shapes, folder)
   row = registry.METHODS[method]
   assert row.adapter is not None  # `_method` chose among those with one.
   scale = registry.METHODS[
       "rslora" if config.get("use_rslora") else method].scale
   alphas = config.get("alpha_pattern") or {}
-  layers, outer = {}, {}
+  layers = {}
   for target, group in paths.items():
     present = [modules.get(p) for p in group]
-    if not any(present):
+    if target in outer or not any(present):
       continue
     ranks = [_rank(m, p, shapes[target], folder, row)
              for m, p in zip(present, group)]
@@ -229,17 +269,23 @@ def read(
   adapter_config = config_lib.AdapterConfig(
       method=method, rank=config["r"], alpha=config["lora_alpha"],
       dropout=float(config.get("lora_dropout") or 0.0),
-      targets=tuple(p for g in paths.values() for p in g if p in modules),
-      rank_pattern=config.get("rank_pattern") or {}, alpha_pattern=alphas)
+      targets=tuple(p for t, g in paths.items() for p in g
+                    if p in modules and t in {**layers, **outer}
+                    and not isinstance(outer.get(t), tokens_lib.TokenRows)),
+      trainable_token_indices=tuple(tokens_lib.embedding_index(
+          base_lib.Adapters(outer=outer))),
+      rank_pattern=config.get("rank_pattern") or {}, alpha_pattern=alphas,
+      **difference.start(config))
   tree = jax.tree.map(
       jax.numpy.asarray, base_lib.Adapters(layers=layers, outer=outer))
-  return Loaded(adapter_config, tree, config, metadata.get(FINGERPRINT))
+  return Loaded(adapter_config, tree, config, metadata.get(FINGERPRINT),
+                replaced, saved)
 
 
 def _ranks(adapters) -> dict[str, list[int]]:
   both = {**adapters.layers, **adapters.outer}
   return {target: np.atleast_1d(np.asarray(a.rank)).tolist()
-          for target, a in both.items()}
+          for target, a in both.items() if hasattr(a, "rank")}
 
 
 def _read_config(folder) -> dict[str, Any]:
@@ -259,6 +305,13 @@ def _read_config(folder) -> dict[str, Any]:
     ) from None
 
 
+def _changed_base(config, folder) -> errors.UserError:
+  return errors.UserError(
+      f"{folder / CONFIG}: init_lora_weights={config['init_lora_weights']!r} "
+      "changed the base weights; convert the adapter with PEFT's "
+      "path_initial_model_for_weight_conversion and load the result")
+
+
 def _method(config, folder) -> str:
   known = sorted({m.adapter.peft_type for m in registry.METHODS.values()
                   if m.adapter and m.adapter.peft_type})
@@ -272,11 +325,8 @@ def _method(config, folder) -> str:
           f"{folder / CONFIG}: {name}={config[name]!r} is not supported; "
           "merge the adapter with PEFT and use the merged model")
   init = config.get("init_lora_weights", True)
-  if init not in PLAIN_INITS:
-    raise errors.UserError(
-        f"{folder / CONFIG}: init_lora_weights={init!r} changed the base "
-        "weights; convert the adapter with PEFT's "
-        "path_initial_model_for_weight_conversion and load the result")
+  if init not in PLAIN_INITS and not difference.replaces(init):
+    raise _changed_base(config, folder)
   if config.get("use_dora"):
     return "dora"
   return "rslora" if config.get("use_rslora") else "lora"
@@ -307,12 +357,16 @@ def _by_module(named, paths, shapes, folder):
   modules: dict[str, dict[str, np.ndarray]] = {}
   for name, value in named.items():
     path = name.removeprefix(PREFIX)
-    if path.replace(".base_layer.", ".") in COPIES:
+    plain = path
+    for wrapper in WRAPPERS:
+      plain = plain.replace(f"{wrapper}.", ".")
+    if plain in COPIES:
       if value.shape != tuple(shapes["embed_tokens"]):
         raise errors.UserError(
             f"{folder / WEIGHTS}: {name} has shape {value.shape}, this model "
             f"needs {tuple(shapes['embed_tokens'])}: the vocabulary was "
-            "resized; merge the adapter with PEFT and use the merged model")
+            "resized; give the same model.add_tokens, or merge the adapter "
+            "with PEFT and use the merged model")
       continue
     while path and path not in known:
       path = path.rpartition(".")[0]

@@ -287,6 +287,9 @@ def unembed(
     head = Linear(weight=base.embed_tokens.T)
   draw = None if noise is None else noise.for_target("lm_head")
   logits = _linear(hidden, head, adapters.outer.get("lm_head"), draw)
+  embedding = adapters.outer.get("embed_tokens")
+  if config.tie_embeddings and embedding is not None:
+    logits = embedding.tied_logits(hidden, logits)
   return layers_lib.soft_cap(
       logits.astype(jnp.float32), config.final_softcap)
 

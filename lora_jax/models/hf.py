@@ -136,6 +136,17 @@ def groups(
   return [(target, parts) for (target, _), parts in found.items()]
 
 
+def rows(config: config_lib.ModelConfig, target: str) -> tuple[str, int, int]:
+  """(tensor's target, first row, last + 1) of a projection's weight."""
+  for name, parts in groups(config):
+    stop = 0
+    for slot in parts:
+      start, stop = stop, stop + slot.shape[0]
+      if slot.target == target and slot.leaf == "weight":
+        return name, start, stop
+  raise KeyError(target)
+
+
 def fused_modules(
     config: config_lib.ModelConfig) -> dict[str, dict[str, int]]:
   """Outputs of the projections in each fused module, by path.

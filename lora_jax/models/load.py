@@ -12,7 +12,7 @@ hashes) the whole checkpoint and keeps the parts of its own devices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 import hashlib
 import itertools
@@ -181,6 +181,37 @@ def convert(
   fingerprint = hashlib.sha256("\n".join(sorted(digests)).encode())
   base = init.assemble(config, leaves)
   return LoadedBase(config, base, fingerprint.hexdigest(), source.label)
+
+
+def originals(
+    path: str, place: Callable[[Any], jax.Array] = jnp.asarray
+) -> Callable[[str, int | None], jax.Array]:
+  """Reads weights again, as they are before quantisation.
+
+  Args:
+    path: see `load`.
+    place: puts a tensor on the devices.
+
+  Returns:
+    `(target, layer or None) -> [i, o]` float32 on the device, for
+    projections; a checkpoint is opened at the first call.
+
+  Raises:
+    errors.UserError: as `load`; on the calls.
+  """
+  opened: list[Source] = []
+
+  def read(target: str, layer: int | None) -> jax.Array:
+    if not opened:
+      opened.append(open_source(path))
+    source = opened[0]
+    name, start, stop = hf.rows(source.config, target)
+    raw = source.read(hf.hf_name(layer, name)).array
+    return _convert(
+        place(raw), spec=None, dtype=jnp.dtype("float32"), transpose=True,
+        rows=(start, stop))
+
+  return read
 
 
 def _group(source, target, parts, specs, dtype, digests, mesh

@@ -16,6 +16,7 @@ from lora_jax.quant.registry import check
 from lora_jax.quant.registry import dequantize
 from lora_jax.quant.registry import FORMATS
 from lora_jax.quant.registry import quantize
+from lora_jax.quant.registry import spec_of
 
 __all__ = [
     "FORMATS",
@@ -26,4 +27,5 @@ __all__ = [
     "dequantize",
     "matmul",
     "quantize",
+    "spec_of",
 ]

@@ -12,6 +12,7 @@ from lora_jax import errors
 from lora_jax import trees
 from lora_jax import types
 from lora_jax.quant import base
+from lora_jax.quant import double
 from lora_jax.quant import fp4
 from lora_jax.quant import int4
 from lora_jax.quant import int8
@@ -29,6 +30,21 @@ FORMATS: dict[str, type[base.QuantizedArray]] = {
 def check(spec: base.QuantSpec) -> None:
   """Raises `errors.UsageError` if `spec` names no format and not `"none"`."""
   errors.choose("quant.format", spec.format, {**FORMATS, "none": None})
+
+
+def spec_of(w: base.QuantizedArray) -> base.QuantSpec:
+  """The spec that quantises another weight as `w` is.
+
+  Raises:
+    errors.UserError: if `w` is of a type that is read, but not made.
+  """
+  for name, kind in FORMATS.items():
+    if type(w) is kind:
+      return base.QuantSpec(name, w.block_size, isinstance(
+          w.scales, double.Nested))
+  raise errors.UserError(
+      f"weights of type {type(w).__name__} cannot be made from others; load "
+      f"the model with quant.format={'|'.join(FORMATS)}")
 
 
 def quantize(

@@ -94,6 +94,9 @@ class Task:
     save_best: `(params, step)`, called whenever an evaluation is the best.
     sinks: where metrics go beside `metrics.jsonl`; whoever made them finishes
       them.
+    base_digest: of base weights that were replaced at the start (see
+      `adapters.starts`), or None. Checkpoints do not hold them: whoever goes
+      on must have come to the same.
   """
 
   model: config_lib.ModelConfig
@@ -109,6 +112,7 @@ class Task:
   sample: Callable[[types.Tree], list[str]] | None = None
   save_best: Callable[[types.Tree, int], None] | None = None
   sinks: sinks_lib.Sinks = dataclasses.field(default_factory=sinks_lib.Sinks)
+  base_digest: str | None = None
 
 
 @dataclasses.dataclass
@@ -191,6 +195,7 @@ class _Run:
     restored = checkpoints.restore(state)
     if restored is not None:
       state, meta = restored
+      self._same_base(meta.pop("base_digest", None))
       self.progress = Progress.from_meta(meta)
       self.line.note(f"going on from step {self.progress.step}")
     self.began = time.monotonic() - self.progress.seconds
@@ -215,6 +220,15 @@ class _Run:
     finally:
       self.metrics.close()
       checkpoints.close()
+
+  def _same_base(self, was):
+    now = self.task.base_digest
+    if was != now:
+      raise errors.UserError(
+          f"{self.folder}: its checkpoints were trained beside base weights "
+          f"with digest {str(was)[:12]}, this run's have {str(now)[:12]}; go "
+          "on with the same adapter.init and model, on the same kind of "
+          "machine, or choose another --workdir")
 
   def _now(self):
     """Time without compilation, which is no part of the speed."""
@@ -288,7 +302,9 @@ class _Run:
       self.progress.seconds = time.monotonic() - self.began
       self.metrics.sync()
       checkpoints.save(
-          number, state, self.progress.meta(), self.progress.best_step)
+          number, state,
+          self.progress.meta() | {"base_digest": self.task.base_digest},
+          self.progress.best_step)
     self.clock = self._now()
     return stopped
 

@@ -16,6 +16,7 @@ import optax
 
 from lora_jax import errors
 from lora_jax import types
+from lora_jax.adapters import base as base_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,10 @@ class OptimConfig:
     b1, b2, eps: Adam's.
     decay: share of all steps over which `wsd` decays at the end.
     final: learning rate at the end, as a share of the peak.
+    lora_plus_ratio: learning rate of B (and of all vectors, such as DoRA's
+      magnitudes) as a multiple of A's: LoRA+, arXiv 2402.12354; 1 is off.
+    lora_plus_embedding: peak learning rate of LoRA on `embed_tokens` under
+      LoRA+; 0 leaves it at `learning_rate`.
   """
 
   learning_rate: float = 2e-4
@@ -43,6 +48,8 @@ class OptimConfig:
   eps: float = 1e-8
   decay: float = 0.2
   final: float = 0.0
+  lora_plus_ratio: float = 1.0
+  lora_plus_embedding: float = 1e-6
 
   def validate(self) -> OptimConfig:
     """Returns itself; raises `errors.UsageError` on a bad value."""
@@ -51,7 +58,8 @@ class OptimConfig:
         "learning_rate": (0.0, 100.0), "warmup": (0.0, 1e9),
         "weight_decay": (0.0, 1e3), "clip_norm": (0.0, 1e9),
         "b1": (0.0, 1.0), "b2": (0.0, 1.0), "eps": (0.0, 1.0),
-        "decay": (0.0, 1.0), "final": (0.0, 1.0)}
+        "decay": (0.0, 1.0), "final": (0.0, 1.0),
+        "lora_plus_ratio": (0.0, 1e6), "lora_plus_embedding": (0.0, 100.0)}
     for name, (low, high) in ranges.items():
       value = getattr(self, name)
       if not low <= value <= high:
@@ -71,6 +79,9 @@ class Hyper:
   b1: types.Array
   b2: types.Array
   eps: types.Array
+  # Multiples of the learning rate, by name of `adapters.base.RATE_GROUPS`.
+  up: types.Array = np.float32(1)
+  embedding: types.Array = np.float32(1)
 
 
 def _cosine(config, steps):
@@ -132,8 +143,16 @@ def hyper(config: OptimConfig, learning_rate: float) -> Hyper:
   """The traced values of one step."""
   clip = config.clip_norm if config.clip_norm > 0 else np.inf
   values = (learning_rate, config.weight_decay, clip, config.b1, config.b2,
-            config.eps)
+            config.eps, config.lora_plus_ratio, _embedding_ratio(config))
   return Hyper(*map(np.float32, values))
+
+
+def _embedding_ratio(config: OptimConfig) -> float:
+  """Learning rate of LoRA on embeddings, as a multiple of all others'."""
+  given = config.lora_plus_embedding and config.learning_rate
+  if config.lora_plus_ratio == 1 or not given:
+    return 1.0
+  return config.lora_plus_embedding / config.learning_rate
 
 
 def decay_mask(params: types.Tree) -> types.Tree:
@@ -150,6 +169,32 @@ def decay_mask(params: types.Tree) -> types.Tree:
   return jax.tree_util.tree_map_with_path(matrix, params)
 
 
+def _scale_by_rates(values: Hyper) -> optax.GradientTransformation:
+  """Times -lr, or LoRA+'s multiple of it.
+
+  The groups are those of `create_loraplus_optimizer` in Hugging Face PEFT: the
+  adapters say which of their matrices are B's and which belong to an
+  embedding; vectors go with B.
+  """
+
+  def update(updates, params):
+    del params
+    matrices = decay_mask(updates)
+
+    def scale(group, matrix, update):
+      if update is None:  # Of a partial tree: not trained.
+        return None
+      group = group if matrix else "up"
+      rate = -values.learning_rate
+      return update * (rate if group is None else rate * getattr(values, group))
+
+    return jax.tree.map(
+        scale, base_lib.rate_groups(updates), matrices, updates,
+        is_leaf=lambda x: x is None)
+
+  return optax.stateless(update)
+
+
 def transform(
     values: Hyper, mu_dtype: str = "float32"
 ) -> optax.GradientTransformation:
@@ -164,5 +209,5 @@ def transform(
       optax.scale_by_adam(
           values.b1, values.b2, values.eps, mu_dtype=mu_dtype),
       optax.add_decayed_weights(values.weight_decay, decay_mask),
-      optax.scale(-values.learning_rate),
+      _scale_by_rates(values),
   )

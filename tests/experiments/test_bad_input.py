@@ -35,6 +35,14 @@ USAGE = {
     "method": (
         {"adapter__method": "dorra"}, 'adapter.method="dorra" is unknown; did '
         'you mean "dora"?'),
+    "init": (
+        {"adapter__init": "pisa"}, 'adapter.init="pisa" is unknown; did you '
+        'mean "pissa"?'),
+    "token indices": (
+        {"adapter__trainable_token_indices": "one"},
+        "trainable_token_indices=one", "or new"),
+    "modules to save": (
+        {"adapter__modules_to_save": "lm_haed"}, "lm_haed", "lm_head"),
     "quant": (
         {"quant__format": "nf5"}, 'quant.format="nf5" is unknown; did you '
         'mean "nf4"?'),

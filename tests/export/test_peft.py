@@ -252,12 +252,13 @@ REFUSED = {
     "use_qalora": (True, "use_qalora"),
     "use_bdlora": ({"a": 1}, "use_bdlora"),
     "peft_type": ("LOHA", 'peft_type="LOHA".*supported: LORA'),
-    "init_lora_weights": ("pissa", "'pissa' changed the base"),
+    "init_lora_weights": ("corda", "'corda' changed the base"),
     "r": ("many", "adapter_config.json is damaged"),
 }
 
 
-@pytest.mark.parametrize("name", [*REFUSED, "lora_ga", "olora", "no r"])
+@pytest.mark.parametrize(
+    "name", [*REFUSED, "lora_ga", "olora", "loftq", "no r"])
 def test_refused_config(name, saved, tmp_path):
   folder = tmp_path / "adapter"
   shutil.copytree(saved, folder)

@@ -71,7 +71,8 @@ def test_inverse_square_root():
     ("learning_rate", 1e30), ("learning_rate", -1.0),
     ("learning_rate", math.nan), ("warmup", -1.0), ("weight_decay", -0.1),
     ("clip_norm", -1.0), ("b1", 1.5), ("eps", -1e-8), ("decay", 1.5),
-    ("final", -0.5), ("schedule", "cosin")])
+    ("final", -0.5), ("schedule", "cosin"), ("lora_plus_ratio", -1.0),
+    ("lora_plus_embedding", 1e3)])
 def test_bad_values(field, value):
   with pytest.raises(errors.UsageError, match=f"optim.{field}"):
     optim.OptimConfig(**{field: value}).validate()
