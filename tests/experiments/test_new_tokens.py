@@ -123,6 +123,7 @@ def test_a_base_without_the_tokens_is_refused(whole, tied_model):
 STARTS = dict(adapter__init="pissa", adapter__targets="q_proj,up_proj")
 
 
+@pytest.mark.slow  # Six runs of the command, for a second kind of run.
 def test_a_run_from_pissa_goes_on_exactly_or_not_at_all(
     run_command, tmp_path):
   """The residual is made again, and its digest compared."""
