@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import types
-from lora_jax.quant import exact
+from lora_jax.kernels import exact
 
 BLOCK = 256
 

@@ -1,0 +1,1 @@
+"""Pallas kernels, each beside the plain XLA that it must equal."""
