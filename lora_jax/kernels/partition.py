@@ -1,9 +1,14 @@
-"""A kernel under GSPMD: every device dequantises its own shard.
+"""A kernel in a program for many devices.
 
 XLA cannot look into a kernel and would gather its operands onto every device.
-`custom_partitioning` tells it what may be cut, without a mesh in any
-signature: leading axes, columns, and rows wherever a shard is whole blocks.
-What may not is gathered as codes, not as weights.
+`partitioned` tells it what may be cut, without a mesh in any signature:
+leading axes, columns, and rows wherever a shard is whole blocks. What may not
+is gathered as codes, not as weights.
+
+That takes a callback that the compiler for TPU does not have ("Custom emitter
+for CustomSPMDPartitioning not found"). `local` is what remains there: the
+kernel if the program has one device or stands in a `shard_map`, else what XLA
+can cut by itself.
 """
 
 from __future__ import annotations
@@ -14,6 +19,8 @@ from typing import Any
 
 import jax
 from jax.experimental import custom_partitioning as cp
+from jax.extend import core
+from jax.interpreters import mlir
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
@@ -100,3 +107,45 @@ def partitioned(
   cut = cp.custom_partitioning(whole)
   cut.def_partition(partition=partition, sharding_rule=sharding_rule)
   return cut
+
+
+_local_p = core.Primitive("local_kernel")
+
+
+@_local_p.def_abstract_eval
+def _(*avals, run, other):
+  del run
+  out = jax.eval_shape(other, *avals)
+  return jax.core.ShapedArray(out.shape, out.dtype)
+
+
+def _lower(ctx, *args, run, other):
+  context = ctx.module_context.axis_context
+  if hasattr(context, "manual_axes"):
+    alone = set(context.manual_axes) == set(context.mesh.axis_names)
+  else:
+    alone = context.num_devices == 1
+  chosen = run if alone else other
+  return mlir.lower_fun(chosen, multiple_results=False)(ctx, *args)
+
+
+mlir.register_lowering(_local_p, _lower)
+
+
+def local(
+    run: Callable[..., jax.Array], other: Callable[..., jax.Array]
+) -> Callable[..., jax.Array]:
+  """`run` where it sees all there is, `other` where XLA is to cut it.
+
+  Args:
+    run: a kernel.
+    other: the same in operations that XLA can partition.
+
+  Returns:
+    A function for use inside jit.
+  """
+
+  def chosen(*args):
+    return _local_p.bind(*args, run=run, other=other)
+
+  return chosen
