@@ -50,7 +50,7 @@ CALLS = {"tpu": "tpu_custom_call", "gpu": "mosaic_gpu"}
 
 def missing(name: str) -> str:
   """Why devices `name` cannot be compiled for here, or an empty string."""
-  module = "jax_plugins.xla_cuda13" if name == "h100" else "libtpu"
+  module = "jax_plugins.xla_cuda13" if name.startswith("h100") else "libtpu"
   try:
     found = importlib.util.find_spec(module)
   except ModuleNotFoundError:
@@ -59,10 +59,11 @@ def missing(name: str) -> str:
 
 
 def devices(name: str) -> list[jax.Device]:
-  """Devices of a TPU topology such as `"v5e:2x2"`, or one `"h100"`."""
-  if name == "h100":
+  """Devices of a TPU topology such as `"v5e:2x2"`, or `"h100"`, `"h100:4"`."""
+  if name.startswith("h100"):
+    count = name.partition(":")[2] or "1"
     return topologies.get_topology_desc(
-        platform="cuda", topology_name=name, topology="1x1x1",
+        platform="cuda", topology_name=name, topology=f"1x1x{count}",
         target_config=H100).devices
   return topologies.get_topology_desc(
       platform="tpu", topology_name=name).devices
