@@ -11,7 +11,7 @@ and a layer can be sharded along either axis.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 from flax import struct
 import jax
@@ -20,8 +20,11 @@ import jax.numpy as jnp
 from lora_jax import errors
 from lora_jax import mesh as mesh_lib
 from lora_jax import types
+from lora_jax.kernels import decode as decode_lib
+from lora_jax.kernels import dequantise
+from lora_jax.kernels import packing
+from lora_jax.kernels import plain
 from lora_jax.quant import double
-from lora_jax.quant import exact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,41 +49,6 @@ class QuantSpec:
           "use 64 (or 32, 128, 256)")
 
 
-class Span(NamedTuple):
-  """Neighbouring blocks of one size: `number` of `size` rows from `row` on."""
-
-  block: int
-  row: int
-  number: int
-  size: int
-
-
-def spans(in_features: int, block_size: int) -> list[Span]:
-  """`(576, 128)` -> four blocks of 128, then one of 64; at most two spans."""
-  number, tail = divmod(in_features, block_size)
-  both = [Span(0, 0, number, block_size),
-          Span(number, number * block_size, 1, tail)]
-  return [span for span in both if span.number and span.size]
-
-
-def pack(codes: jax.Array) -> jax.Array:
-  """uint8 nibbles `[n, size, o]` -> bytes `[n * size / 2, o]`."""
-  n, size, out = codes.shape
-  low, high = codes[:, : size // 2], codes[:, size // 2 :]
-  return (low | (high << 4)).reshape(n * size // 2, out)
-
-
-def unpack(packed: jax.Array, size: int) -> jax.Array:
-  """bytes `[n * size / 2, o]` -> uint8 nibbles `[n, size, o]`.
-
-  A broadcast shift instead of a concatenation keeps this one loop that XLA
-  fuses with whatever follows.
-  """
-  shift = jnp.asarray([0, 4], jnp.uint8).reshape(1, 2, 1, 1)
-  halves = packed.reshape(-1, 1, size // 2, packed.shape[-1]) >> shift
-  return (halves & 15).reshape(-1, size, packed.shape[-1])
-
-
 @struct.dataclass(kw_only=True)
 class QuantizedArray:
   """A weight `[i, o]` stored in few bits; a format is a subclass.
@@ -89,8 +57,8 @@ class QuantizedArray:
   axis, and static metadata would lie. All arrays may carry leading axes, as in
   `[l, i, o]`.
 
-  A format gives `encode` and `decode`, and may override `matmul` and
-  `matmul_transposed` with a kernel.
+  A format gives `encode` and `decode`, and `levels` if a kernel may decode it;
+  it may override `matmul` and `matmul_transposed` with a kernel.
 
   Attributes:
     codes: uint8 `[i / 2, o]` with two codes a byte, or int8 `[i, o]`.
@@ -118,6 +86,11 @@ class QuantizedArray:
     raise TypeError(f"{cls.__name__} is the protocol, not a format")
 
   @classmethod
+  def levels(cls) -> decode_lib.Levels | None:
+    """`decode` for kernels: by code, what the scale is multiplied by."""
+    return None
+
+  @classmethod
   def quantize(cls, w: jax.Array, spec: QuantSpec) -> Self:
     """Quantises `w` `[i, o]` of any float dtype.
 
@@ -131,12 +104,12 @@ class QuantizedArray:
           f'quant.format="{spec.format}" packs two rows a byte; use "int8" or '
           "leave this weight out")
     codes, statistics = [], []
-    for span in spans(rows, spec.block_size):
+    for span in packing.spans(rows, spec.block_size):
       block = w[span.row : span.row + span.number * span.size]
       block = block.reshape(span.number, span.size, out).astype(jnp.float32)
       block = jnp.where(jnp.isfinite(block), block, jnp.nan)
       code, statistic = cls.encode(block)
-      codes.append(pack(code) if cls.CODES_PER_BYTE == 2
+      codes.append(packing.pack(code) if cls.CODES_PER_BYTE == 2
                    else code.reshape(-1, out))
       statistics.append(statistic)
     joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *statistics)
@@ -175,19 +148,11 @@ class QuantizedArray:
     """
     if self.ndim > 2:
       return jax.vmap(lambda w: w.dequantize(dtype))(self)
-    statistics = self.statistics()
-    parts = []
-    for span in spans(self.in_features, self.block_size):
-      first = span.row // self.CODES_PER_BYTE
-      count = span.number * span.size // self.CODES_PER_BYTE
-      codes = jnp.asarray(self.codes)[first : first + count]
-      codes = (unpack(codes, span.size) if self.CODES_PER_BYTE == 2
-               else codes.reshape(span.number, span.size, -1))
-      blocks = slice(span.block, span.block + span.number)
-      values = self.decode(
-          codes, {name: x[blocks, None] for name, x in statistics.items()})
-      parts.append(exact.cast(values, dtype).reshape(-1, self.out_features))
-    return jnp.concatenate(parts)
+    return dequantise.dequantise(
+        self.codes, self.statistics(),
+        plain.Format(self.decode, self.block_size, self.CODES_PER_BYTE,
+                     self.levels()),
+        dtype)
 
   def matmul(self, x: jax.Array) -> jax.Array:
     """`x [..., i] @ w` in `x`'s dtype -> `[..., o]`."""

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.kernels import decode as decode_lib
+from lora_jax.kernels import exact
 from lora_jax.quant import base
-from lora_jax.quant import exact
 
 
 @struct.dataclass(kw_only=True)
@@ -33,6 +34,10 @@ class Codebook(base.QuantizedArray):
   def table(cls) -> np.ndarray:
     """float32 `[16]`: the value of every code."""
     return np.asarray(cls.VALUES, np.float32)
+
+  @classmethod
+  def levels(cls) -> decode_lib.Levels:
+    return tuple(float(v) for v in cls.table())
 
   @classmethod
   def encode(cls, w: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:

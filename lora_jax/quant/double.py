@@ -18,7 +18,7 @@ import numpy as np
 
 from lora_jax import mesh as mesh_lib
 from lora_jax import types
-from lora_jax.quant import exact
+from lora_jax.kernels import exact
 
 BLOCK = 256
 

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import mesh as mesh_lib
+from lora_jax.kernels import decode as decode_lib
+from lora_jax.kernels import exact
 from lora_jax.quant import base
 from lora_jax.quant import codebook
 from lora_jax.quant import double
-from lora_jax.quant import exact
 
 
 @struct.dataclass(kw_only=True)
@@ -37,6 +38,10 @@ class Int4Affine(base.QuantizedArray):
   """
 
   minimums: double.Statistic = mesh_lib.axes("in", "out")
+
+  @classmethod
+  def levels(cls) -> decode_lib.Levels:
+    return tuple(float(k) for k in range(16))
 
   @classmethod
   def encode(cls, w: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:

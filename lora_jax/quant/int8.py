@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.kernels import exact
 from lora_jax.quant import base
-from lora_jax.quant import exact
 
 
 @struct.dataclass(kw_only=True)

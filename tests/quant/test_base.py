@@ -9,7 +9,6 @@ import pytest
 
 from lora_jax import errors
 from lora_jax import quant
-from lora_jax.quant import base
 from lora_jax.quant import double
 from tests.quant import reference
 
@@ -19,20 +18,6 @@ FORMATS = list(quant.FORMATS)
 def weight(rows=576, out=48, seed=0, scale=0.05):
   rng = np.random.default_rng(seed)
   return np.float32(rng.standard_normal((rows, out)) * scale)
-
-
-def test_spans_cover_the_rows_once():
-  assert base.spans(576, 128) == [(0, 0, 4, 128), (4, 512, 1, 64)]
-  assert base.spans(128, 64) == [(0, 0, 2, 64)]
-  assert base.spans(48, 64) == [(0, 0, 1, 48)]
-
-
-def test_pack_by_hand():
-  codes = jnp.asarray([[1, 2], [3, 4], [5, 6], [15, 0]], jnp.uint8)[None]
-  packed = base.pack(codes)
-  # Row 0 is low and row 2 high in byte row 0; rows 1 and 3 in byte row 1.
-  np.testing.assert_array_equal(packed, [[0x51, 0x62], [0xF3, 0x04]])
-  np.testing.assert_array_equal(base.unpack(packed, 4), codes)
 
 
 @pytest.mark.parametrize("size", [0, 7, -64, 64.0, "64"])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.quant import exact
+from lora_jax.kernels import exact
 
 
 def test_reciprocals_are_correctly_rounded():

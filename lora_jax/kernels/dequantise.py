@@ -1,0 +1,185 @@
+"""Codes to weights: the one place where a kernel or plain XLA is chosen.
+
+The platform that the program is compiled for decides, not the machine it is
+traced on, so that a program for TPU can be compiled anywhere. The kernel is
+the default on TPU and on Hopper. There, of bytes read and written a second by
+one call that spans 0.5 GB (H100 80GB, jax 0.11.2, blocks of 64, bfloat16):
+
+                       576x1536  4096x4096  4096x11008  8192x28672
+    nf4   plain XLA        1454       1669        1535        1704  GB/s
+          Mosaic GPU       1795       1921        1995        2017
+    int4  plain XLA        1530       1552        1636        1704
+          Mosaic GPU       2193       2381        2321        2410
+
+`python -m tests.kernels.gpu_check` measures them again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from typing import Any
+
+import jax
+from jax import custom_batching
+import jax.numpy as jnp
+
+from lora_jax import errors
+from lora_jax.kernels import mosaic_gpu
+from lora_jax.kernels import mosaic_tpu
+from lora_jax.kernels import partition
+from lora_jax.kernels import plain
+
+_log = logging.getLogger(__name__)
+
+KERNELS: dict[str, Any] = {
+    "mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}
+# Lowering platform -> the kernel it gets wherever that applies.
+DEFAULTS = {"tpu": "mosaic_tpu", "cuda": "mosaic_gpu"}
+_ANY = "any"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+  """What is static of a call: `names` of the statistics, in order."""
+
+  form: plain.Format
+  names: tuple[str, ...]
+  dtype: jnp.dtype
+  interpret: Any = False
+
+  def plain(self, codes: jax.Array, *statistics: jax.Array) -> jax.Array:
+    named = dict(zip(self.names, statistics, strict=True))
+    return plain.dequantise(codes, named, self.form, self.dtype)
+
+  def applies(self, backend: str, codes: jax.Array) -> bool:
+    """Whether the kernel `backend` takes codes of this shape."""
+    form = self.form
+    if form.levels is None or self.names not in (
+        ("scales",), ("scales", "minimums")):
+      return False
+    rows, columns = codes.shape[-2] * form.codes_per_byte, codes.shape[-1]
+    return KERNELS[backend].applies(
+        rows, columns, min(form.block_size, rows), self.dtype)
+
+  def kernel(
+      self, backend: str, codes: jax.Array, *statistics: jax.Array
+  ) -> jax.Array:
+    """`[..., i, o]` by a kernel, or plain where a shard does not fit it."""
+    if not self.applies(backend, codes):
+      return self.plain(codes, *statistics)
+    *lead, byte_rows, columns = codes.shape
+    flat = [x.reshape(-1, *x.shape[-2:]) for x in (codes, *statistics)]
+    values = KERNELS[backend].dequantise(
+        *flat, levels=self.form.levels,
+        block_size=min(self.form.block_size, 2 * byte_rows),
+        dtype=self.dtype, interpret=self.interpret)
+    return values.reshape(*lead, 2 * byte_rows, columns)
+
+
+def _not_hopper() -> bool:
+  """Whether this machine's GPU is one that the kernel was not tried on. A
+  machine without any compiles for another."""
+  return jax.default_backend() == "gpu" and str(getattr(
+      jax.local_devices()[0], "compute_capability", "")) != "9.0"
+
+
+@functools.cache
+def _compiled(call: _Call, platforms: tuple[tuple[str, str], ...]) -> Any:
+  """A function of codes and statistics that takes the kernel of the platform
+  it is compiled for; `_ANY` is every platform."""
+
+  def placed(platform, backend, codes):
+    run = functools.partial(call.kernel, backend)
+    if platform == "tpu":
+      return partition.local(run, call.plain)
+    rows = codes.shape[-2] * call.form.codes_per_byte
+    return partition.partitioned(run, min(call.form.block_size, rows))
+
+  def choose(codes, *statistics):
+    kernels = {platform: placed(platform, backend, codes)
+               for platform, backend in platforms}
+    if _ANY in kernels:
+      return kernels[_ANY](codes, *statistics)
+    return jax.lax.platform_dependent(
+        codes, *statistics, default=call.plain, **kernels)
+
+  # Kernels have no batching rule that keeps them one launch, nor derivatives.
+  batched = custom_batching.custom_vmap(choose)
+
+  @batched.def_vmap
+  def _(size, is_batched, *args):
+    return batched(*[
+        x if b else jnp.broadcast_to(x, (size, *x.shape))
+        for x, b in zip(args, is_batched, strict=True)]), True
+
+  @jax.custom_jvp
+  def run(codes, *statistics):
+    return batched(codes, *statistics)
+
+  @run.defjvp
+  def _(primals, tangents):
+    codes, *statistics = primals
+    _, tangent = jax.jvp(
+        functools.partial(call.plain, codes), tuple(statistics),
+        tuple(tangents[1:]))
+    return run(*primals), tangent
+
+  return jax.jit(run)
+
+
+def dequantise(
+    codes: jax.Array,
+    statistics: dict[str, jax.Array],
+    form: plain.Format,
+    dtype: Any = jnp.float32,
+    *,
+    backend: str | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+  """The weight `[..., i, o]` in `dtype`, the same bits by every backend.
+
+  Args:
+    codes: `[..., i / codes_per_byte, o]`.
+    statistics: `[..., q, o]` by name.
+    form: how they become numbers.
+    dtype: of the result.
+    backend: `"xla"` or a key of `KERNELS`; by default what `DEFAULTS` has for
+      the platform, or plain XLA where that kernel does not apply.
+    interpret: True to run the TPU kernel without a TPU. (The interpreter of
+      GPU kernels has effects, which nothing here may have: call
+      `mosaic_gpu.dequantise` by itself.)
+
+  Returns:
+    float32 arithmetic with one rounding to `dtype`; see `plain.dequantise`.
+
+  Raises:
+    errors.UsageError: if `backend` is unknown.
+    errors.UserError: if `backend` names a kernel that does not apply.
+  """
+  codes = jnp.asarray(codes)
+  # A transformation may have sorted the names.
+  names = tuple(sorted(statistics, key=lambda name: (name != "scales", name)))
+  call = _Call(form, names, jnp.dtype(dtype), interpret)
+  arrays = [statistics[name] for name in names]
+  what = f"{list(codes.shape)} codes in blocks of {form.block_size}"
+  platforms: tuple[tuple[str, str], ...] = ()
+  if backend is None:
+    platforms = tuple((platform, name) for platform, name in DEFAULTS.items()
+                      if call.applies(name, codes)
+                      and not (platform == "cuda" and _not_hopper()))
+    if len(platforms) < len(DEFAULTS):
+      _log.debug("%s as %s: kernels on %s only", what, call.dtype,
+                 [p for p, _ in platforms])
+  else:
+    errors.choose("backend", backend, {"xla": None, **KERNELS})
+    if backend != "xla":
+      platforms = ((_ANY, backend),)
+    if platforms and not call.applies(backend, codes):
+      raise errors.UserError(
+          f'backend="{backend}" has no kernel for {what} as {call.dtype}; '
+          'leave it out, or use "xla"')
+  if not platforms:
+    return call.plain(codes, *arrays)
+  return _compiled(call, platforms)(codes, *arrays)

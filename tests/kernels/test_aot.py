@@ -1,0 +1,178 @@
+"""Programs with the kernels compile for accelerators that are not here.
+
+That the kernel's call is in the compiled program is asserted everywhere: the
+plain path would compile as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from lora_jax import adapters as adapters_lib
+from lora_jax import mesh as mesh_lib
+from lora_jax import quant
+from lora_jax import trees
+from lora_jax import types
+from lora_jax.kernels import dequantise
+from lora_jax.models import config as config_lib
+from lora_jax.models import decoder
+from lora_jax.models import init
+from lora_jax.models import sharding
+from lora_jax.train import optim
+from lora_jax.train import step as step_lib
+from tests import tiny
+from tests.kernels import test_dequantise as one
+from tests.kernels import topologies
+
+TPUS = ["v5e:2x2", "v6e:2x2", "v5p:2x2x1"]
+COLLECTIVES = re.compile(
+    r"= (\w+)\[[\d,]*\]\S* (?:all-gather|all-reduce|all-to-all|"
+    r"collective-permute|reduce-scatter)")
+
+
+@functools.cache
+def devices(name):
+  if reason := topologies.missing(name):
+    pytest.skip(reason)
+  return topologies.devices(name)
+
+
+def compiled(f, device, *args) -> str:
+  options = ({"xla_gpu_autotune_level": 0} if device.platform == "gpu"
+             else None)
+  lowered = f.lower(*args) if hasattr(f, "lower") else jax.jit(f).lower(*args)
+  return lowered.compile(compiler_options=options).as_text()
+
+
+def calls(text: str, device) -> int:
+  return text.count(f'custom_call_target="{topologies.CALLS[device.platform]}')
+
+
+def arguments(shape, block, cut, names=("scales",)):
+  layers, rows, columns = shape
+  codes = jax.ShapeDtypeStruct(
+      (layers, rows // 2, columns), jnp.uint8, sharding=cut)
+  return codes, {name: jax.ShapeDtypeStruct(
+      (layers, -(-rows // block), columns), jnp.float32, sharding=cut)
+                 for name in names}
+
+
+def run(name, block, dtype=jnp.bfloat16):
+  def dequantised(codes, named):
+    return dequantise.dequantise(codes, named, one.form(name, block), dtype)
+
+  return dequantised
+
+
+@pytest.mark.parametrize("name", ["nf4", "int4_affine"])
+@pytest.mark.parametrize("place", [*TPUS, "h100"])
+def test_kernel_compiles(place, name):
+  device = devices(place)[0]
+  names = ("scales", "minimums") if name == "int4_affine" else ("scales",)
+  cut = jax.sharding.SingleDeviceSharding(device)
+  for rows, columns, block, dtype in [
+      (576, 1536, 64, jnp.bfloat16), (256, 576, 32, jnp.float32)]:
+    text = compiled(run(name, block, dtype), device,
+                    *arguments((2, rows, columns), block, cut, names))
+    assert calls(text, device) == 1
+
+
+def test_shapes_without_a_kernel_compile_all_the_same():
+  for place in ("v5e:2x2", "h100"):
+    device = devices(place)[0]
+    cut = jax.sharding.SingleDeviceSharding(device)
+    text = compiled(run("nf4", 64), device, *arguments((1, 88, 120), 64, cut))
+    assert calls(text, device) == 0
+
+
+@pytest.mark.parametrize("spec", [
+    P(None, "fsdp", "tensor"), P(None, "tensor", "fsdp")])
+@pytest.mark.parametrize("place", ["v5e:2x2", "h100:4"])
+def test_shards_stay_where_they_are(place, spec):
+  """Under GSPMD on GPU; on TPU, whose compiler has no custom partitioner, in
+  a `shard_map`, and plain XLA under GSPMD."""
+  ds = devices(place)
+  mesh = Mesh(np.asarray(ds).reshape(2, 2), ("fsdp", "tensor"))
+  args = arguments((2, 1024, 1024), 64, NamedSharding(mesh, spec))
+  f = run("nf4", 64)
+  text = compiled(f, ds[0], *args)
+  assert not COLLECTIVES.findall(text)
+  assert calls(text, ds[0]) == (1 if place == "h100:4" else 0)
+  inside = jax.shard_map(f, mesh=mesh, in_specs=(spec, spec), out_specs=spec,
+                         check_vma=False)
+  text = compiled(inside, ds[0], *args)
+  assert not COLLECTIVES.findall(text)
+  assert calls(text, ds[0]) == 1
+
+
+MODEL = config_lib.ModelConfig(
+    family="llama", vocab_size=512, d_model=256, d_ff=512, n_layers=2,
+    n_heads=4, n_kv_heads=4, head_dim=64)
+
+
+def train_step(place, shape):
+  """A QLoRA step of a tiny model compiled for `shape` of (fsdp, tensor)."""
+  ds = devices(place)
+  mesh = mesh_lib.make(
+      mesh_lib.MeshConfig(1, *shape), ds[: shape[0] * shape[1]])
+
+  def build():
+    base = init.random_base(jax.random.key(0), MODEL)
+    spec = quant.QuantSpec("nf4", 64, double=False)
+    layers = {
+        name: x.replace(weight=quant.quantize(x.weight, spec))
+        if isinstance(x, decoder.Linear) else x
+        for name, x in base.layers.items()}
+    return base.replace(layers=layers)
+
+  base = build()
+  base, tree = adapters_lib.build(
+      jax.random.key(1), adapters_lib.AdapterConfig(rank=8), base,
+      tiny.paths(MODEL))
+  trainable, frozen = adapters_lib.split(tree)
+  state = step_lib.init_state(trainable)
+  tokens = np.zeros((1, 4, 128), np.int32)
+  batch = types.Batch(
+      tokens, tokens, np.float32(tokens + 1), tokens, tokens + 1, tokens)
+
+  def described(leaf, placement):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement)
+
+  replicated = NamedSharding(mesh, P())
+
+  def like(tree):
+    """Descriptions on `mesh`, cut as `sharding.put` would cut them."""
+    def place(path, leaf):
+      logical = sharding._logical(trees.path_str(path), leaf.ndim)
+      return described(leaf, NamedSharding(
+          mesh, mesh_lib.spec(mesh, leaf.shape, logical)))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+  rest = jax.tree.map(
+      lambda x: described(jnp.asarray(x), replicated),
+      (batch, optim.Hyper(*[jnp.float32(0)] * 6), jax.random.key(0)))
+  lowered = step_lib.train_step.lower(
+      like(state), like(frozen), like(base), *rest, model=MODEL,
+      settings=step_lib.Settings(dtype="bfloat16"))
+  options = ({"xla_gpu_autotune_level": 0} if ds[0].platform == "gpu"
+             else None)
+  return ds[0], lowered.compile(compiler_options=options).as_text()
+
+
+@pytest.mark.parametrize("place,shape,kernels", [
+    ("v5e:2x2", (1, 1), True), ("v5e:2x2", (2, 2), False),
+    ("h100", (1, 1), True)])
+def test_a_training_step_compiles(place, shape, kernels):
+  device, text = train_step(place, shape)
+  # Seven projections, in the forward and in the backward scan.
+  assert calls(text, device) >= 14 if kernels else calls(text, device) == 0

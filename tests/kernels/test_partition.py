@@ -1,0 +1,109 @@
+"""A kernel on eight devices runs on their shards, and gathers nothing."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from lora_jax.kernels import dequantise
+from lora_jax.kernels import partition
+from tests.kernels import test_dequantise as one
+
+COLLECTIVE = r"= (\w+)\[[\d,]*\]\S* (all-gather|all-reduce|all-to-all|"\
+    r"collective-permute|reduce-scatter)"
+# Of a weight `[2, 512, 256]`, or (the last) of 9 blocks.
+SPECS = {
+    "rows fsdp": P(None, "fsdp", "tensor"),
+    "rows tensor": P(None, "tensor", "fsdp"),
+    "both on rows": P("data", ("fsdp", "tensor"), None),
+    "columns": P(None, None, "tensor"),
+    "replicated": P(),
+    "nine blocks": P(None, "fsdp", "tensor"),
+}
+
+
+@pytest.fixture(scope="module")
+def report():
+  run = subprocess.run(
+      [sys.executable, "-m", "tests.kernels.test_partition"],
+      cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True,
+      timeout=300, env=os.environ | {
+          "XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
+  assert run.returncode == 0, run.stderr[-3000:]
+  return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("case", SPECS)
+def test_shards_are_the_whole(report, case):
+  found = report[case]
+  assert found["equal"]
+  if case == "nine blocks":
+    # Its bytes are gathered along rows; columns stay cut.
+    assert found["collectives"] == ["u8 all-gather"]
+    assert found["shard"] == [2, 288, 128]
+  else:
+    assert not found["collectives"]
+    rows, columns = {
+        "rows fsdp": (256, 128), "rows tensor": (256, 128),
+        "both on rows": (128, 256), "columns": (512, 128),
+        "replicated": (512, 256)}[case]
+    assert found["shard"][1:] == [rows, columns]
+
+
+def test_only_whole_blocks_are_cut():
+  devices = np.asarray(jax.devices()[:1] * 8)
+  mesh = Mesh(devices.reshape(4, 2), ("fsdp", "tensor"))
+  cut = functools.partial(partition.allowed, mesh, block_size=64)
+  assert cut(P("fsdp", "tensor"), (512, 96)) == P("fsdp", "tensor")
+  assert cut(P("fsdp", "tensor"), (576, 96)) == P(None, "tensor")
+  assert cut(P("fsdp", "tensor"), (544, 97)) == P(None, None)
+  assert cut(P(("fsdp", "tensor")), (512, 96)) == P(("fsdp", "tensor"), None)
+  assert cut(P("tensor", None, "fsdp"), (2, 544, 96)) == P(
+      "tensor", None, "fsdp")
+
+
+def main() -> None:
+  mesh = Mesh(np.asarray(jax.devices()).reshape(2, 2, 2),
+              ("data", "fsdp", "tensor"))
+  found = {}
+  for case, spec in SPECS.items():
+    rows, block = (288, 32) if case == "nine blocks" else (512, 64)
+    codes, named = one.stored("nf4", rows, 256, block)
+    stack = np.stack([codes, codes ^ 255])
+    scales = np.stack([named["scales"]] * 2)
+    form = one.form("nf4", block)
+
+    def run(codes, scales, form=form):
+      return dequantise.dequantise(
+          codes, {"scales": scales}, form, np.float32, backend="mosaic_tpu",
+          interpret=True)
+
+    want = one.bits(jax.jit(run)(stack, scales))
+    cut = NamedSharding(mesh, spec)
+    odd = NamedSharding(mesh, P(*spec[:1], None, *spec[2:]))
+    placed = (jax.device_put(stack, cut),
+              jax.device_put(scales, odd if rows < 512 else cut))
+    compiled = jax.jit(run).lower(*placed).compile()
+    got = compiled(*placed)
+    found[case] = {
+        "equal": bool((one.bits(got) == want).all()),
+        "shard": list(got.sharding.shard_shape(got.shape)),
+        "collectives": [" ".join(m) for m in re.findall(
+            COLLECTIVE, compiled.as_text())]}
+  print(json.dumps(found))
+
+
+if __name__ == "__main__":
+  main()
