@@ -287,7 +287,7 @@ class Model:
 
 def load(
     path: str, *,
-    quant: str | quant_lib.QuantSpec = "none",
+    quant: str | quant_lib.QuantSpec | None = None,
     dtype: str = "float32",
     skip: Sequence[str] = load_lib.SKIP,
     chat_template: str | None = None,
@@ -297,7 +297,8 @@ def load(
 
   Args:
     path: a Hugging Face folder, a `.gguf` file, or a hub name.
-    quant: a format's name, or a whole spec.
+    quant: a format's name, or a whole spec; None leaves the checkpoint as it
+      is. One that comes quantised keeps its own codes; "none" dequantises.
     dtype: compute type, and the type of what is not quantised.
     skip: targets that are not quantised.
     chat_template: Jinja text, if the tokenizer's own is not wanted.

@@ -37,8 +37,11 @@ class File:
   Attributes:
     config: the model's.
     label: what messages call it.
+    scheme: None: what it stores in few bits is read as floats.
     tensors: names, as Hugging Face has them, of what it holds.
   """
+
+  scheme = None
 
   def __init__(self, path: pathlib.Path):
     """Reads the metadata.

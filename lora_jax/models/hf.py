@@ -6,7 +6,7 @@ model holds, used to read, to check and to write.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 import dataclasses
 import json
 import operator
@@ -21,6 +21,7 @@ from lora_jax import quant
 from lora_jax import types
 from lora_jax.models import config as config_lib
 from lora_jax.models import registry
+from lora_jax.models.checkpoints import registry as checkpoints
 
 # Module path of each target within a layer.
 MODULES: dict[str, str] = {
@@ -157,12 +158,23 @@ class Tensor:
   Attributes:
     dtype: the file's name of its type.
     raw: its bytes in the file, uint8 `[n]`.
-    array: its value, `[o, i]` or `[o]`, in a float type.
+    array: its value, `[o, i]` or `[o]`, in a float type; or `[i, o]` with
+      numpy leaves, if the checkpoint is quantised.
+    parts: what it was put together from, by name; empty if it is stored as
+      one tensor.
   """
 
   dtype: str
   raw: np.ndarray
-  array: np.ndarray
+  array: np.ndarray | quant.QuantizedArray
+  parts: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of the value in Hugging Face's layout: `[o, i]` or `[o]`."""
+    shape = self.array.shape
+    return shape[::-1] if isinstance(
+        self.array, quant.QuantizedArray) else shape
 
 
 class Folder:
@@ -171,7 +183,9 @@ class Folder:
   Attributes:
     config: the model's.
     label: what messages call it.
-    tensors: file of each tensor, by name.
+    scheme: how its weights are quantised, or None.
+    tensors: by name, the stored names of what each is put together from; a
+      plain tensor's is its own.
   """
 
   def __init__(self, path: pathlib.Path):
@@ -182,8 +196,19 @@ class Folder:
     """
     self.label = str(path)
     file = path / "config.json"
-    self.config = registry.from_hf(_json(file), str(file))
-    self.tensors = _index(path)
+    config = _json(file)
+    quantised = config.pop("quantization_config", None)
+    legacy = path / "quantize_config.json"  # AutoGPTQ, before transformers.
+    if not quantised and legacy.exists():
+      file, quantised = legacy, {"quant_method": "gptq"} | _json(legacy)
+    self.config = registry.from_hf(config, str(path / "config.json"))
+    self.scheme = (
+        checkpoints.open_scheme(quantised, str(file)) if quantised else None)
+    self._files = _index(path)
+    parts = self.scheme.parts(self._files) if self.scheme else {}
+    hidden = {name for stored in parts.values() for name in stored.values()}
+    self.tensors = {name: {"": name} for name in self._files
+                    if name not in hidden} | parts
 
   def read(self, name: str) -> Tensor:
     """One tensor; the file is open, and mapped, for this call only.
@@ -191,9 +216,24 @@ class Folder:
     Raises:
       errors.UserError: if it cannot be read, or is not of a float type.
     """
+    stored = self.tensors[name]
+    if "" in stored or self.scheme is None:
+      return self._stored(name, DTYPES)
+    parts = {suffix: self._stored(part) for suffix, part in stored.items()}
+    try:
+      array = self.scheme.decode(
+          {suffix: part.array for suffix, part in parts.items()})
+    except errors.UserError as error:
+      raise errors.UserError(f"{self.label}: {name}: {error}") from None
+    if isinstance(array, np.ndarray):
+      array = array.T
+    return Tensor(self.scheme.label, np.empty(0, np.uint8), array, {
+        stored[suffix]: part for suffix, part in parts.items()})
+
+  def _stored(self, name: str, dtypes: Collection[str] | None = None):
     import safetensors
 
-    file = self.tensors[name]
+    file = self._files[name]
     try:
       with safetensors.safe_open(file, framework="np") as handle:
         if name not in set(handle.keys()):
@@ -201,10 +241,10 @@ class Folder:
               f"{file}: {name} is missing, though {INDEX} says it is there; "
               "download the file again")
         dtype = handle.get_slice(name).get_dtype()
-        if dtype not in DTYPES:
+        if dtypes is not None and dtype not in dtypes:
           raise errors.UserError(
               f"{file}: {name} is of type {dtype}; supported: "
-              f"{', '.join(DTYPES)}")
+              f"{', '.join(dtypes)}")
         array = handle.get_tensor(name)
     except (OSError, safetensors.SafetensorError) as error:
       raise errors.UserError(_broken(file, error)) from None

@@ -13,6 +13,7 @@ import hashlib
 import pathlib
 from typing import Any, NamedTuple, Protocol
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 
@@ -24,8 +25,10 @@ from lora_jax.models import decoder
 from lora_jax.models import gguf
 from lora_jax.models import hf
 from lora_jax.models import init
+from lora_jax.models.checkpoints import scheme as scheme_lib
 
 SKIP = ("lm_head", "embed_tokens")
+_FLOAT = quant.QuantSpec(format="none")
 
 
 class LoadedBase(NamedTuple):
@@ -50,6 +53,7 @@ class Source(Protocol):
 
   config: config_lib.ModelConfig
   label: str
+  scheme: scheme_lib.Scheme | None  # How it is quantised, if it is.
   tensors: dict[str, Any]
 
   def read(self, name: str) -> hf.Tensor:
@@ -67,7 +71,10 @@ def load(
   Args:
     path: a folder with `config.json` and safetensors, a `.gguf` file, a
       folder with one, or a hub name such as `HuggingFaceTB/SmolLM2-135M`.
-    spec: how to quantise the projections; None leaves them in `dtype`.
+    spec: how to quantise the projections. None, or the format "none", leaves
+      them in `dtype`. A checkpoint that is quantised keeps its own codes,
+      whatever `spec` and `skip` say, but for the format "none", which
+      dequantises them.
     dtype: of everything that is not quantised.
     skip: targets that are not quantised.
 
@@ -133,14 +140,19 @@ def convert(
   """Reads every tensor of a checkpoint once; see `load`."""
   config = source.config
   _check(source, spec, skip)
-  digests: list[str] = []
+  if source.scheme and spec and spec.format != "none":
+    logging.info(
+        "%s keeps its own quantisation (%s); quant.format=%s does not apply",
+        source.label, source.scheme.label, spec.format)
+    spec = None
+  digests: dict[str, str] = {}
   leaves: dict[tuple[str, str], types.Tree] = {}
   for slot in hf.slots(config):
-    quantised = slot.linear and slot.target not in skip
-    how = spec if quantised and spec and spec.format != "none" else None
+    kept = not slot.linear or (slot.target in skip and not source.scheme)
+    how = _FLOAT if kept else spec
     leaves[slot.target, slot.leaf] = _leaf(
         source, slot, how, jnp.dtype(dtype), digests)
-  fingerprint = hashlib.sha256("\n".join(sorted(digests)).encode())
+  fingerprint = hashlib.sha256("\n".join(sorted(digests.values())).encode())
   base = init.assemble(config, leaves)
   return LoadedBase(config, base, fingerprint.hexdigest(), source.label)
 
@@ -148,29 +160,57 @@ def convert(
 def _leaf(source, slot, spec, dtype, digests) -> types.Tree:
   """One slot of the base, stacked if it is one a layer."""
   if not slot.stacked:
-    raw = _read(source, hf.hf_name(None, slot.target, slot.leaf), slot,
-                digests)
-    return jax.block_until_ready(
-        _convert(raw, spec=spec, dtype=dtype, transpose=slot.linear))
+    return _obtain(source, slot, None, spec, dtype, digests)
   stack = None
   for layer in range(source.config.n_layers):
-    raw = _read(source, hf.hf_name(layer, slot.target, slot.leaf), slot,
-                digests)
-    one = _convert(raw, spec=spec, dtype=dtype, transpose=slot.linear)
-    del raw
+    one = _obtain(source, slot, layer, spec, dtype, digests)
     if stack is None:
       stack = jax.tree.map(
           lambda x: jnp.zeros((source.config.n_layers, *x.shape), x.dtype),
           one)
+    elif not _stackable(stack, one):
+      logging.info(
+          "%s: %s is quantised in some layers and otherwise, or not, in "
+          "others; all of them are dequantised", source.label, slot.target)
+      return _leaf(source, slot, _FLOAT, dtype, digests)
     # Waiting keeps the next tensor from being read while this one is held.
     stack = jax.block_until_ready(_put(stack, one, layer))
   return stack
 
 
+def _obtain(source, slot, layer, spec, dtype, digests) -> types.Tree:
+  """One weight, or one layer's, converted and on the device.
+
+  Args:
+    source: the checkpoint.
+    slot: what to read.
+    layer: of a stacked slot; else None.
+    spec: how to quantise a float; the format "none" makes floats of codes,
+      None leaves either as it is.
+    dtype: of a float.
+    digests: lines of the fingerprint by stored name, added to.
+  """
+  raw = _read(
+      source, hf.hf_name(layer, slot.target, slot.leaf), slot, digests)
+  return jax.block_until_ready(
+      _convert(raw, spec=spec, dtype=dtype, transpose=slot.linear))
+
+
+def _stackable(stack: types.Tree, one: types.Tree) -> bool:
+  def form(tree, lead):
+    return jax.tree.structure(tree), [
+        (x.shape[lead:], x.dtype) for x in jax.tree.leaves(tree)]
+
+  return form(stack, 1) == form(one, 0)
+
+
 @functools.partial(jax.jit, static_argnames=("spec", "dtype", "transpose"))
 def _convert(raw, *, spec, dtype, transpose):
+  floats = spec is None or spec.format == "none"
+  if isinstance(raw, quant.QuantizedArray):
+    return raw.dequantize(dtype) if spec and floats else raw
   array = raw.T if transpose else raw
-  return array.astype(dtype) if spec is None else quant.quantize(array, spec)
+  return array.astype(dtype) if floats else quant.quantize(array, spec)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -180,16 +220,18 @@ def _put(stack, one, layer):
           whole, x, layer, 0), stack, one)
 
 
-def _read(source, name, slot, digests) -> jax.Array:
+def _read(source, name, slot, digests) -> types.Tree:
   """The tensor on the device, its digest noted."""
   tensor = source.read(name)
-  shape = tensor.array.shape
-  if shape != slot.shape:
+  if tensor.shape != slot.shape:
     raise errors.UserError(
-        f"{source.label}: {name} has shape {list(shape)}, but the config asks "
-        f"for {list(slot.shape)}; the two belong to different models")
-  content = hashlib.sha256(tensor.raw).hexdigest()
-  digests.append(f"{name} {tensor.dtype} {list(shape)} {content}")
+        f"{source.label}: {name} has shape {list(tensor.shape)}, but the "
+        f"config asks for {list(slot.shape)}; the two belong to different "
+        "models")
+  for stored, part in (tensor.parts or {name: tensor}).items():
+    content = hashlib.sha256(part.raw).hexdigest()
+    digests[stored] = (
+        f"{stored} {part.dtype} {list(part.array.shape)} {content}")
   # Waiting lets the host's copy go before the conversion allocates.
   return jax.block_until_ready(jax.device_put(tensor.array))
 
@@ -216,8 +258,14 @@ def _check(source: Source, spec, skip) -> None:
     # Old Llama files store RoPE's frequencies, tied ones the head twice.
     ignored = name.endswith("rotary_emb.inv_freq") or (
         name == "lm_head.weight" and source.config.tie_embeddings)
-    if name not in wanted and not ignored:
+    if name not in wanted and not ignored and not _no_bias(source, name):
       raise errors.UserError(
           f"{source.label}: tensor {name} is not of a "
           f"{source.config.family} model with this config; the checkpoint "
           "belongs to another one")
+
+
+def _no_bias(source: Source, name: str) -> bool:
+  """Whether it is the bias of zeros that AutoGPTQ gives every projection."""
+  return (source.scheme is not None and name.endswith(".bias")
+          and not source.read(name).array.any())

@@ -23,6 +23,10 @@ from lora_jax.quant import double
 from lora_jax.quant import exact
 
 
+# A block size that no weight exceeds: every column is one block.
+WHOLE = 2**30
+
+
 @dataclasses.dataclass(frozen=True)
 class QuantSpec:
   """How to quantise a weight.

@@ -71,8 +71,6 @@ def test_windows_by_layer():
     (dict(rope_scaling=dict(type="linear")), ["factor is missing"]),
     (dict(rope_scaling=dict(type="linear", factor="x")), ["factor is 'x'"]),
     (dict(partial_rotary_factor=0.5), ["partial_rotary_factor=0.5", "1.0"]),
-    (dict(quantization_config=dict(quant_method="gptq")),
-     ['"gptq"', "quant.format"]),
     (dict(num_hidden_layers=None), ["num_hidden_layers is missing"]),
     (dict(vocab_size="ten"), ["vocab_size is 'ten'", "positive integer"]),
     (dict(num_key_value_heads=3), ["=3", "does not divide"]),

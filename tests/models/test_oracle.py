@@ -254,6 +254,7 @@ def test_bfloat16_rounds_no_worse_than_transformers():
 def _base_of(model, config):
   class Memory:
     label = "memory"
+    scheme = None
 
     def __init__(self):
       self.config = config
