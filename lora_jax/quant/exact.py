@@ -37,31 +37,24 @@ def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   return high, x - high
 
 
-def reciprocal(x: jax.Array, numerator: float = 1.0) -> jax.Array:
-  """`numerator / x`, correctly rounded, for float32 `0 <= x < 2^127`.
+def reciprocal(x: jax.Array) -> jax.Array:
+  """`1 / x`, correctly rounded, for float32 `0 <= x < 2^127`.
 
   Finite at 0 (as if `x` were the smallest normal number), so that an all-zero
   block stays zero. On GPU XLA's division is off by one unit in the last place
   for 13% of the numbers. Here the mantissa's quotient is replaced by that
-  neighbour whose product with it is nearest to the numerator; the products of
+  neighbour whose product with the mantissa is nearest to 1; the products of
   halves are exact, so that contracting them changes nothing.
-
-  Args:
-    x: any shape.
-    numerator: 1 to 127, of at most 12 significant bits.
-
-  Returns:
-    The quotients; infinite where they exceed float32.
   """
   bits = _bits(jnp.maximum(x, np.finfo(np.float32).tiny))
   mantissa = _float((bits & 0x7FFFFF) | 0x3F800000)  # In [1, 2).
   m, n = _halves(mantissa)
-  guess = _bits(numerator / mantissa)
+  guess = _bits(1.0 / mantissa)
   best, least = _float(guess), None
   for step in (0, -1, 1):
     candidate = _float(guess + step)
     c, d = _halves(candidate)
-    error = jnp.abs(numerator - m * c - m * d - n * c - n * d)
+    error = jnp.abs(1.0 - m * c - m * d - n * c - n * d)
     if least is None:
       least = error
     else:

@@ -41,8 +41,9 @@ class LLMInt8(base.QuantizedArray):
   @classmethod
   def encode(cls, w: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     absmax = jnp.max(jnp.abs(w), axis=1)
-    unit = w * exact.reciprocal(jnp.maximum(absmax, _LEAST), 127.0)[:, None]
-    return jnp.round(unit).astype(jnp.int8), {"scales": absmax}
+    # torch divides a number by a tensor by way of the reciprocal.
+    scale = exact.reciprocal(jnp.maximum(absmax, _LEAST)) * np.float32(127)
+    return jnp.round(w * scale[:, None]).astype(jnp.int8), {"scales": absmax}
 
   @classmethod
   def decode(

@@ -47,8 +47,7 @@ def decode(parts: scheme.Parts) -> quant.QuantizedArray | np.ndarray:
   scales = scheme.get(parts, "scales", 2)
   codes = _columns(scheme.get(parts, "qweight", 2))
   zeros = _columns(scheme.get(parts, "qzeros", 2))
-  rows, number = codes.shape[0], scales.shape[0]
-  index = np.arange(rows) // -(-rows // max(number, 1))
+  index = scheme.in_turn(codes.shape[0], scales.shape[0])
   return scheme.groups(codes, zeros, scales, index, 4)
 
 

@@ -72,11 +72,10 @@ def decode(
         f"scales {list(scales.shape)} do not belong together; download the "
         "files again")
   codes = scheme.bitstream(packed.T, bits).T
-  rows = codes.shape[0]
   stored = scheme.bitstream(packed_zeros, bits)
   # z = 0 is stored as -1, whose low bits are all ones.
   zeros = (stored + np.uint8(offset)) & np.uint8(2**bits - 1)
   index = parts.get("g_idx")
   if index is None:
-    index = np.arange(rows) // -(-rows // number)
+    index = scheme.in_turn(codes.shape[0], number)
   return scheme.groups(codes, zeros, scales, index, bits)

@@ -114,7 +114,7 @@ def groups(
         f"codes {list(codes.shape)}, zeros {list(zeros.shape)}, scales "
         f"{list(scales.shape)} and group indices {list(index.shape)} do not "
         "belong together; download the files again")
-  size = -(-rows // number)
+  size = int(np.bincount(index).max())
   order = np.argsort(index, kind="stable")
   wide = bits > 4 or rows % 2 or size % 2
   if (index[order] != np.arange(rows) // size).any():
@@ -128,6 +128,19 @@ def groups(
   kind = grouped.Grouped8 if wide else grouped.Grouped
   return kind(codes=codes if wide else _nibbles(codes, size), scales=scales,
               zeros=zeros, rows=where, block_size=size)
+
+
+def in_turn(rows: int, number: int) -> np.ndarray:
+  """Group of each row, int `[i]`, of equal groups that follow each other.
+
+  Raises:
+    errors.UserError: if there are not as many rows in each.
+  """
+  if not number or rows % number:
+    raise errors.UserError(
+        f"{rows} rows do not make {number} equal groups; download the files "
+        "again")
+  return np.arange(rows) // (rows // number)
 
 
 def _nibbles(codes: np.ndarray, size: int) -> np.ndarray:
