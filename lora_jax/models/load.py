@@ -102,7 +102,7 @@ def open_source(path: str) -> Source:
     return gguf.File(place)
   files = sorted(place.glob("*.gguf"))
   if files and not (place / "config.json").exists():
-    if len(files) > 1:
+    if len(files) > 1 and files != gguf.parts(files[0]):
       raise errors.UserError(
           f"model.path={path} holds {len(files)} GGUF files; name one of "
           f"them, e.g. {files[0].name}")
@@ -160,10 +160,10 @@ def convert(
 def _leaf(source, slot, spec, dtype, digests) -> types.Tree:
   """One slot of the base, stacked if it is one a layer."""
   if not slot.stacked:
-    return _obtain(source, slot, None, spec, dtype, digests)
+    return _one(source, None, slot, spec, dtype, digests)
   stack = None
   for layer in range(source.config.n_layers):
-    one = _obtain(source, slot, layer, spec, dtype, digests)
+    one = _one(source, layer, slot, spec, dtype, digests)
     if stack is None:
       stack = jax.tree.map(
           lambda x: jnp.zeros((source.config.n_layers, *x.shape), x.dtype),
@@ -178,13 +178,13 @@ def _leaf(source, slot, spec, dtype, digests) -> types.Tree:
   return stack
 
 
-def _obtain(source, slot, layer, spec, dtype, digests) -> types.Tree:
+def _one(source, layer, slot, spec, dtype, digests) -> types.Tree:
   """One weight, or one layer's, converted and on the device.
 
   Args:
     source: the checkpoint.
-    slot: what to read.
     layer: of a stacked slot; else None.
+    slot: what to read.
     spec: how to quantise a float; the format "none" makes floats of codes,
       None leaves either as it is.
     dtype: of a float.
