@@ -18,6 +18,7 @@ from lora_jax.models import config as config_lib
 from lora_jax.models import hf
 from lora_jax.models import registry
 from lora_jax.models import rope
+from lora_jax.models.checkpoints import scheme as scheme_lib
 
 # Architectures whose converter permutes the rows of q and k.
 PERMUTED = ("llama",)
@@ -45,7 +46,7 @@ class File:
     tensors: names, as Hugging Face has them, of what it holds, and where.
   """
 
-  scheme = None
+  scheme: scheme_lib.Scheme | None = None
 
   def __init__(self, path: pathlib.Path):
     """Reads the metadata.
@@ -172,23 +173,18 @@ def rope_scaling(
     factors: float32 `[e/2]`.
     hf_config: names head size, theta and context length.
   """
-  scaling = {
-      "rope_type": "llama3", "factor": float(factors.max()),
-      "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-      "original_max_position_embeddings": 8192}
   theta = hf_config.get("rope_theta", 10000.0)
   size = 2 * len(factors)
-  given = {k: v for k, v in scaling.items() if k != "rope_type"}
-  given["original_max_position"] = given.pop(
-      "original_max_position_embeddings")
-  llama3 = config_lib.RopeConfig(type="llama3", theta=theta, **given)
+  llama3 = config_lib.RopeConfig(
+      type="llama3", theta=theta, factor=float(factors.max()),
+      low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192)
   plain = config_lib.RopeConfig(theta=theta)
   expected = rope.default(plain, size)[0] / rope.llama3(llama3, size)[0]
   if (factors == 1).all():
     return {"rope_type": "default"}
   # The stored ones were computed in another order.
   if np.allclose(factors, expected, rtol=1e-5, atol=0):
-    return scaling
+    return llama3.to_hf()
   listed = [float(f) for f in factors]
   return {"rope_type": "longrope", "short_factor": listed,
           "long_factor": listed, "factor": 1.0, "attention_factor": 1.0,

@@ -270,7 +270,8 @@ def _index(path: pathlib.Path) -> dict[str, pathlib.Path]:
   if not file.exists():
     raise errors.UserError(
         f"{path} holds neither model.safetensors nor {INDEX}; give a folder "
-        "in safetensors format")
+        "in safetensors format (transformers converts .bin files: "
+        "from_pretrained, then save_pretrained)")
   try:
     with safetensors.safe_open(file, framework="np") as handle:
       return dict.fromkeys(handle.keys(), file)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from absl import logging
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax import errors
 from lora_jax import quant
@@ -24,6 +25,7 @@ from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
 from lora_jax.models import gguf
 from lora_jax.models import hf
+from lora_jax.models import hub
 from lora_jax.models import init
 from lora_jax.models.checkpoints import scheme as scheme_lib
 
@@ -70,7 +72,8 @@ def load(
 
   Args:
     path: a folder with `config.json` and safetensors, a `.gguf` file, a
-      folder with one, or a hub name such as `HuggingFaceTB/SmolLM2-135M`.
+      folder with one, or a hub name such as `HuggingFaceTB/SmolLM2-135M` or
+      `owner/name@revision`.
     spec: how to quantise the projections. None, or the format "none", leaves
       them in `dtype`. A checkpoint that is quantised keeps its own codes,
       whatever `spec` and `skip` say, but for the format "none", which
@@ -93,7 +96,7 @@ def open_source(path: str) -> Source:
   """The checkpoint at `path`; see `load`."""
   place = pathlib.Path(path).expanduser()
   if not place.exists():
-    place = _from_hub(str(path))
+    place = hub.fetch(str(path))
   if place.is_file():
     if place.suffix != ".gguf":
       raise errors.UserError(
@@ -108,27 +111,6 @@ def open_source(path: str) -> Source:
           f"them, e.g. {files[0].name}")
     return gguf.File(files[0])
   return hf.Folder(place)
-
-
-def _from_hub(name: str) -> pathlib.Path:
-  parts = name.split("/")
-  if len(parts) != 2 or not all(parts) or name.startswith(("/", ".", "~")):
-    raise errors.UserError(
-        f"model.path={name} does not exist; give a model folder, a .gguf "
-        "file or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct")
-  import huggingface_hub
-
-  try:
-    return pathlib.Path(huggingface_hub.snapshot_download(
-        name, allow_patterns=[
-            "*.json", "model*.safetensors", "*.jinja", "tokenizer*"]))
-  # The hub client raises its own, requests' and httpx's errors.
-  except Exception as error:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    raise errors.UserError(
-        f"model.path={name} is no local folder, and the hub gave none "
-        f"({reason}); check the name and the network, or give a folder"
-    ) from None
 
 
 def convert(
@@ -267,5 +249,7 @@ def _check(source: Source, spec, skip) -> None:
 
 def _no_bias(source: Source, name: str) -> bool:
   """Whether it is the bias of zeros that AutoGPTQ gives every projection."""
-  return (source.scheme is not None and name.endswith(".bias")
-          and not source.read(name).array.any())
+  if source.scheme is None or not name.endswith(".bias"):
+    return False
+  array = source.read(name).array
+  return isinstance(array, np.ndarray) and not array.any()

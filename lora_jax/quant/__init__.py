@@ -20,9 +20,9 @@ from lora_jax.quant.registry import quantize
 
 __all__ = [
     "FORMATS",
+    "WHOLE",
     "QuantSpec",
     "QuantizedArray",
-    "WHOLE",
     "bits_per_parameter",
     "check",
     "dequantize",

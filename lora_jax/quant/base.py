@@ -22,7 +22,6 @@ from lora_jax import types
 from lora_jax.quant import double
 from lora_jax.quant import exact
 
-
 # A block size that no weight exceeds: every column is one block.
 WHOLE = 2**30
 

@@ -259,7 +259,7 @@ def test_parts_are_one_model(tmp_path):
     loaded = load.load(place)
     jax.tree.map(np.testing.assert_array_equal, loaded.base, base)
   files[1].rename(tmp_path / "other")
-  with pytest.raises(errors.UserError, match="a-00002-of-00003.gguf is miss"):
+  with pytest.raises(errors.UserError, match=r"a-00002-of-00003\.gguf is miss"):
     load.load(files[0])
   files[0].rename(tmp_path / "b.gguf")
   with pytest.raises(errors.UserError, match="one of 3 files"):
