@@ -17,14 +17,17 @@ def get_config() -> config_dict.ConfigDict:
   config.seed = 0
 
   config.model = c()
-  # A Hugging Face folder, a .gguf file, a hub name, or asset:<name>
-  # (third_party/README.md).
+  # A Hugging Face folder, a .gguf file, a hub name (owner/name or
+  # owner/name@revision), or asset:<name> (third_party/README.md).
   config.model.path = "HuggingFaceTB/SmolLM2-135M-Instruct"
   # Jinja text or a file; empty is the tokenizer's own.
   config.model.chat_template = ""
 
   config.quant = c()
-  config.quant.format = "nf4"  # nf4 fp4 int4 int4_affine int8 none
+  # nf4 fp4 int4 int4_affine int8 llm_int8 none. A checkpoint that comes
+  # quantised (bitsandbytes, GPTQ, AWQ) keeps its own codes, whatever is said
+  # here, but for none, which dequantises them.
+  config.quant.format = "nf4"
   config.quant.block_size = 64
   config.quant.double = True
   config.quant.skip = "lm_head,embed_tokens"

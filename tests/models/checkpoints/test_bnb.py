@@ -142,10 +142,11 @@ def test_weights_equal_bitsandbytes_bit_for_bit(case):
       "head too" in name)
 
 
-def test_logits_equal_the_dequantised_model(case, tmp_path):
-  name, folder, dtype, model, weights = case
-  if dtype != "float32":  # Activations of 16 bits would be compared.
-    return
+@pytest.mark.parametrize("case", [
+    name for name, (_, dtype) in CASES.items() if dtype == "float32"],
+                         indirect=True)
+def test_logits_equal_the_dequantised_model(case):
+  name, folder, _, model, weights = case
   loaded = load.load(folder)
   plain = transformers.LlamaForCausalLM(
       transformers.LlamaConfig(**shape(name)))
