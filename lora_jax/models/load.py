@@ -123,9 +123,10 @@ def convert(
   config = source.config
   _check(source, spec, skip)
   if source.scheme and spec and spec.format != "none":
-    logging.info(
-        "%s keeps its own quantisation (%s); quant.format=%s does not apply",
-        source.label, source.scheme.label, spec.format)
+    if spec.format not in source.scheme.label:
+      logging.warning(
+          "%s keeps its own quantisation (%s); quant.format=%s does not apply",
+          source.label, source.scheme.label, spec.format)
     spec = None
   digests: dict[str, str] = {}
   leaves: dict[tuple[str, str], types.Tree] = {}
@@ -151,7 +152,7 @@ def _leaf(source, slot, spec, dtype, digests) -> types.Tree:
           lambda x: jnp.zeros((source.config.n_layers, *x.shape), x.dtype),
           one)
     elif not _stackable(stack, one):
-      logging.info(
+      logging.warning(
           "%s: %s is quantised in some layers and otherwise, or not, in "
           "others; all of them are dequantised", source.label, slot.target)
       return _leaf(source, slot, _FLOAT, dtype, digests)

@@ -28,7 +28,7 @@ def open_scheme(config: Mapping[str, Any], source: str) -> scheme.Scheme:
         mark=re.compile(r"weight\.quant_state\..+"), decode=decode_4bit)
   if config.get("load_in_8bit"):
     return scheme.Scheme(
-        label="bitsandbytes, int8",
+        label="bitsandbytes, llm_int8",
         suffix=re.compile("weight|SCB|weight_format"),
         mark=re.compile("SCB"), decode=decode_8bit)
   raise errors.UserError(

@@ -194,9 +194,14 @@ def test_a_folder(tmp_path, method):
   assert load.load(tmp_path).fingerprint != loaded.fingerprint
 
 
-def test_layers_of_two_kinds_become_floats(tmp_path):
+def test_layers_of_two_kinds_become_floats(tmp_path, monkeypatch):
+  said = []
+  monkeypatch.setattr(
+      load.logging, "warning", lambda text, *args: said.append(text % args))
   _, weights = write(tmp_path, act=(True, False))
-  loaded = load.load(tmp_path, dtype="bfloat16")
+  loaded = load.load(tmp_path, quant.QuantSpec(), dtype="bfloat16")
+  assert "gptq, 4 bits" in said[0] and "quant.format=nf4" in said[0]
+  assert len(said) == 8 and "q_proj is quantised in some layers" in said[1]
   for path, expected in weights.items():
     layer, target = int(path.split(".")[2]), path.split(".")[-1]
     weight = loaded.base.layers[target].weight
