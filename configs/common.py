@@ -17,8 +17,9 @@ def get_config() -> config_dict.ConfigDict:
   config.seed = 0
 
   config.model = c()
-  # A Hugging Face folder, a .gguf file, a hub name, a folder of
-  # experiments.quantize, or asset:<name> (third_party/README.md).
+  # A Hugging Face folder, a .gguf file, a hub name (owner/name or
+  # owner/name@revision), a folder of experiments.quantize, or asset:<name>
+  # (third_party/README.md).
   config.model.path = "HuggingFaceTB/SmolLM2-135M-Instruct"
   # Jinja text or a file; empty is the tokenizer's own.
   config.model.chat_template = ""
@@ -30,7 +31,10 @@ def get_config() -> config_dict.ConfigDict:
   config.model.pad_vocab_multiple = 1  # of the vocabulary's size, e.g. 64
 
   config.quant = c()
-  config.quant.format = "nf4"  # nf4 fp4 int4 int4_affine int8 none
+  # nf4 fp4 int4 int4_affine int8 llm_int8 none. A checkpoint that comes
+  # quantised (bitsandbytes, GPTQ, AWQ) keeps its own codes, whatever is said
+  # here, but for none, which dequantises them.
+  config.quant.format = "nf4"
   config.quant.block_size = 64
   config.quant.double = True
   config.quant.skip = "lm_head,embed_tokens"

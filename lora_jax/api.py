@@ -46,6 +46,7 @@ from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
 from lora_jax.models import hf
 from lora_jax.models import load as load_lib
+from lora_jax.models import modules
 from lora_jax.models import resize
 from lora_jax.models import sharding
 from lora_jax.train import loop
@@ -101,7 +102,7 @@ class Model:
   @property
   def paths(self) -> dict[str, list[str]]:
     """Module paths of everything that can be adapted, by target."""
-    return module_paths(self.config)
+    return modules.paths(self.config)
 
   def adapt(
       self, config: adapters_lib.AdapterConfig | None = None, *,
@@ -164,7 +165,7 @@ class Model:
       errors.UserError: if it cannot be read, or belongs to another base.
     """
     loaded = peft.read(
-        pathlib.Path(folder), self.paths, module_shapes(self.config),
+        pathlib.Path(folder), self.paths, modules.shapes(self.config),
         hf.fused_modules(self.config))
     if loaded.fingerprint not in (None, self.fingerprint):
       raise errors.UserError(
@@ -427,7 +428,7 @@ class Model:
 
 def load(
     path: str, *,
-    quant: str | quant_lib.QuantSpec = "none",
+    quant: str | quant_lib.QuantSpec | None = None,
     dtype: str = "float32",
     base_dtype: str = "auto",
     skip: Sequence[str] = load_lib.SKIP,
@@ -442,7 +443,8 @@ def load(
 
   Args:
     path: a Hugging Face folder, a `.gguf` file, or a hub name.
-    quant: a format's name, or a whole spec.
+    quant: a format's name, or a whole spec; None leaves the checkpoint as it
+      is. One that comes quantised keeps its own codes; "none" dequantises.
     dtype: compute type, one of `precision.COMPUTE`.
     base_dtype: of what is not quantised; "auto" is `dtype`.
     skip: targets that are not quantised.
@@ -485,24 +487,3 @@ def base_folder() -> pathlib.Path:
   from third_party import assets
 
   return assets.cache_dir() / "bases"
-
-
-def module_paths(config: config_lib.ModelConfig) -> dict[str, list[str]]:
-  """Paths of a model's projections and outer modules, by target."""
-  found = {}
-  for slot in hf.slots(config):
-    if slot.leaf == "weight" and len(slot.shape) == 2:
-      layers = range(config.n_layers) if slot.stacked else (None,)
-      found[slot.target] = [
-          hf.hf_name(layer, slot.target, "") for layer in layers]
-  return found
-
-
-def module_shapes(
-    config: config_lib.ModelConfig) -> dict[str, tuple[int, int]]:
-  """(in, out) of the same; an embedding's are (v, d)."""
-  return {
-      slot.target: slot.shape if slot.target == "embed_tokens"
-      else slot.shape[::-1]
-      for slot in hf.slots(config)
-      if slot.leaf == "weight" and len(slot.shape) == 2}

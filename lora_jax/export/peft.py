@@ -33,6 +33,7 @@ from lora_jax.export import folders
 from lora_jax.export import fused as fused_lib
 from lora_jax.export import tensors as tensors_lib
 from lora_jax.export import whole
+from lora_jax.models import hub
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -104,10 +105,12 @@ def peft_config(
       names += [p for p, r in zip(paths[target], ranks, strict=True) if r]
   alpha = float(config.alpha)
   whole_names = whole.names(adapters.overrides)
+  base, revision = hub.split(base_name or "") or (base_name, None)
   return {
       "peft_type": row.adapter.peft_type if row.adapter else None,
       "task_type": "CAUSAL_LM",
-      "base_model_name_or_path": base_name,
+      "base_model_name_or_path": base,
+      **({"revision": revision} if revision else {}),
       "inference_mode": True,
       "r": config.rank,
       "lora_alpha": int(alpha) if alpha.is_integer() else alpha,

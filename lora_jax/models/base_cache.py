@@ -245,7 +245,9 @@ def _identity(source) -> list[list[Any]]:
 def _code(reader: str) -> str:
   modules = (load_lib, hf, init, base_store, base_tree, base_arrays)
   paths = {pathlib.Path(f) for f in (reader, *map(inspect.getfile, modules))}
-  paths |= set(pathlib.Path(inspect.getfile(quant)).parent.glob("*.py"))
+  house = pathlib.Path(inspect.getfile(quant)).parents[1]
+  for folder in ("quant", "kernels", "models/checkpoints"):
+    paths |= set((house / folder).glob("*.py"))
   return _digest([
       hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(paths)])
 

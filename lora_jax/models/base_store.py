@@ -48,12 +48,12 @@ class Recipe:
 
   Attributes:
     spec: the format of the projections; its other fields are the defaults if
-      it is "none".
+      it is "none". None is as they come.
     dtype: of what is not quantised.
     skip: sorted targets that are not quantised; none if nothing is.
   """
 
-  spec: quant.QuantSpec
+  spec: quant.QuantSpec | None
   dtype: str
   skip: tuple[str, ...]
 
@@ -61,15 +61,19 @@ class Recipe:
   def of(cls, spec: quant.QuantSpec | None, dtype: Any, skip) -> Recipe:
     """From the arguments of `load.convert`."""
     name = jnp.dtype(dtype).name
-    if spec is None or spec.format == "none":
+    if spec is None:
+      return cls(None, name, ())
+    if spec.format == "none":
       return cls(quant.QuantSpec(format="none"), name, ())
     return cls(spec, name, tuple(sorted(set(skip))))
 
   def to_json(self) -> dict[str, Any]:
-    return {"quant": dataclasses.asdict(self.spec), "dtype": self.dtype,
-            "skip": list(self.skip)}
+    return {"quant": self.spec and dataclasses.asdict(self.spec),
+            "dtype": self.dtype, "skip": list(self.skip)}
 
   def __str__(self) -> str:
+    if self.spec is None:
+      return f"it came, {self.dtype}"
     if self.spec.format == "none":
       return f"none {self.dtype}"
     return (f"{self.spec.format} block_size={self.spec.block_size} "
@@ -111,7 +115,8 @@ class Stored:
       if found != size:
         raise Damaged(f"{path / name} has {found:,} bytes, not {size:,}")
     try:
-      spec = quant.QuantSpec(**manifest["quant"])
+      given = manifest["quant"]
+      spec = None if given is None else quant.QuantSpec(**given)
       recipe = Recipe.of(spec, manifest["dtype"], manifest["skip"])
       config = _decoded(config_lib.ModelConfig, manifest["config"])
     except (KeyError, TypeError, ValueError) as error:
@@ -131,6 +136,10 @@ class Stored:
   @property
   def tensors(self) -> dict[str, Any]:
     return {}
+
+  @property
+  def scheme(self) -> None:
+    return None
 
   def read(self, name: str):
     raise Damaged(f"{self.path} holds a converted base, and no {name}")
@@ -162,6 +171,8 @@ class Stored:
       errors.UserError: if it was quantised otherwise.
     """
     asked = Recipe.of(spec, dtype, skip)
+    if spec is None:
+      asked = dataclasses.replace(self.recipe, dtype=asked.dtype)
     rounded = dataclasses.replace(self.recipe, dtype=asked.dtype)
     if asked != self.recipe and (
         asked != rounded or self.recipe.dtype != "float32"):

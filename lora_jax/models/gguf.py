@@ -8,17 +8,22 @@ and j + e/2): these rows are put back.
 from __future__ import annotations
 
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
 
 from lora_jax import errors
+from lora_jax.models import config as config_lib
 from lora_jax.models import hf
 from lora_jax.models import registry
+from lora_jax.models import rope
+from lora_jax.models.checkpoints import scheme as scheme_lib
 from lora_jax.models.families import in_gguf
 
 # Architectures whose converter permutes the rows of q and k.
 PERMUTED = ("llama",)
+_FREQUENCIES = "rope_freqs.weight"
 _KEYS = {
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
@@ -33,37 +38,49 @@ _KEYS = {
 
 
 class File:
-  """A `.gguf` file.
+  """A `.gguf` file, or the first of several that make one model.
 
   Attributes:
     config: the model's.
     label: what messages call it.
-    tensors: names, as Hugging Face has them, of what it holds.
-    files: the file.
+    scheme: None: what it stores in few bits is read as floats.
+    tensors: names, as Hugging Face has them, of what it holds, and where.
+    files: the file, or all its parts.
   """
+
+  scheme: scheme_lib.Scheme | None = None
 
   def __init__(self, path: pathlib.Path):
     """Reads the metadata.
 
     Raises:
-      errors.UserError: if the file is not GGUF, cut short, or of an
+      errors.UserError: if a file is missing, not GGUF, cut short, or of an
         architecture or a RoPE scaling that is not supported.
     """
     import gguf
 
     self.label = str(path)
-    self.files = [path]
-    try:
-      reader = gguf.GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as error:
-      raise errors.UserError(
-          f"{path} is not a GGUF file, or is cut short ({error}); download "
-          "it again") from None
-    fields = {name: f.contents() for name, f in reader.fields.items()
+    readers = {part: _reader(part) for part in parts(path)}
+    self.files = list(readers)
+    first = next(iter(readers.values()))
+    fields = {name: f.contents() for name, f in first.fields.items()
               if "tokenizer.ggml.tokens" not in name}
-    stored = {t.name: t for t in reader.tensors}
+    count = int(fields.get("split.count", 1))
+    if count not in (0, 1, len(readers)):
+      raise errors.UserError(
+          f"{path} is one of {count} files, and {len(readers)} have its name; "
+          "give the first, named as it came (...-00001-of-"
+          f"{count:05d}.gguf), with the others beside it")
+    stored = {tensor.name: (part, tensor) for part, reader in readers.items()
+              for tensor in reader.tensors}
     arch = str(fields.get("general.architecture"))
-    hf_config = _config(arch, fields, stored, self.label)
+    named = {name: tensor for name, (_, tensor) in stored.items()}
+    hf_config = _config(arch, fields, named, self.label)
+    # Without those that belong to the config.
+    stored = {name: stored[name] for name in named}
+    if _FREQUENCIES in stored:
+      hf_config["rope_scaling"] = rope_scaling(
+          _values(*stored.pop(_FREQUENCIES)), hf_config)
     self.config = registry.from_hf(hf_config, self.label)
     self._permuted = arch in PERMUTED
     self._raised = arch in in_gguf.GEMMA
@@ -83,16 +100,11 @@ class File:
     Raises:
       errors.UserError: if its type cannot be dequantised.
     """
-    import gguf
-
-    tensor = self.tensors[name]
+    path, tensor = self.tensors[name]
     kind = tensor.tensor_type
-    # Read, not mapped: mapped pages would stay resident.
-    raw = np.fromfile(
-        self.label, np.uint8, tensor.n_bytes, offset=tensor.data_offset)
-    data = raw.view(tensor.data.dtype).reshape(tensor.data.shape)
+    raw = _raw(path, tensor)
     try:
-      array = gguf.dequantize(data, kind)
+      array = _values(path, tensor, raw)
     except NotImplementedError:
       raise errors.UserError(
           f"{self.label}: {name} is of type {kind.name}, which the gguf "
@@ -105,6 +117,87 @@ class File:
     if self._permuted and ".self_attn.k_proj." in name:
       array = unpermute(array, self.config.n_kv_heads)
     return hf.Tensor(kind.name, raw, array)
+
+
+def parts(path: pathlib.Path) -> list[pathlib.Path]:
+  """The files that make one model, from any of them.
+
+    "m-00002-of-00003.gguf" -> m-00001-of-00003.gguf to m-00003-of-00003.gguf
+
+  Raises:
+    errors.UserError: if one is missing.
+  """
+  found = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)
+  if not found:
+    return [path]
+  names = [f"{found[1]}-{i:05d}-of-{found[2]}.gguf"
+           for i in range(1, int(found[2]) + 1)]
+  for name in names:
+    if not (path.parent / name).exists():
+      raise errors.UserError(
+          f"{path.parent / name} is missing, a part of the same model as "
+          f"{path.name}; download it too")
+  return [path.parent / name for name in names]
+
+
+def _reader(path: pathlib.Path) -> Any:
+  import gguf
+
+  try:
+    return gguf.GGUFReader(path)
+  except (OSError, ValueError, IndexError, KeyError) as error:
+    raise errors.UserError(
+        f"{path} is not a GGUF file, or is cut short ({error}); download "
+        "it again") from None
+
+
+def _raw(path: pathlib.Path, tensor: Any) -> np.ndarray:
+  # Read, not mapped: mapped pages would stay resident.
+  return np.fromfile(path, np.uint8, tensor.n_bytes, offset=tensor.data_offset)
+
+
+def _values(
+    path: pathlib.Path, tensor: Any, raw: np.ndarray | None = None
+) -> np.ndarray:
+  import gguf
+
+  raw = _raw(path, tensor) if raw is None else raw
+  data = raw.view(tensor.data.dtype).reshape(tensor.data.shape)
+  return gguf.dequantize(data, tensor.tensor_type)
+
+
+def rope_scaling(
+    factors: np.ndarray, hf_config: dict[str, Any]
+) -> dict[str, Any]:
+  """What the divisors of RoPE's frequencies mean, in Hugging Face's words.
+
+  llama.cpp stores Llama 3's scaling as one divisor a frequency and drops the
+  numbers it came from. All of Meta's models have a band of 1 to 4 turns in
+  8,192 tokens, and the largest divisor is the factor: where these give the
+  stored divisors again, they are it. Others are kept one by one, as LongRoPE
+  without a switch.
+
+  Args:
+    factors: float32 `[e/2]`.
+    hf_config: names head size, theta and context length.
+  """
+  theta = hf_config.get("rope_theta", 10000.0)
+  size = 2 * len(factors)
+  llama3 = config_lib.RopeConfig(
+      type="llama3", theta=theta, factor=float(factors.max()),
+      low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192)
+  plain = config_lib.RopeConfig(theta=theta)
+  expected = rope.default(plain, size)[0] / rope.llama3(llama3, size)[0]
+  if (factors == 1).all():
+    return {"rope_type": "default"}
+  # The stored ones were computed in another order.
+  if np.allclose(factors, expected, rtol=1e-5, atol=0):
+    return llama3.to_hf()
+  listed = [float(f) for f in factors]
+  return {"rope_type": "longrope", "short_factor": listed,
+          "long_factor": listed, "factor": 1.0, "attention_factor": 1.0,
+          "original_max_position_embeddings": hf_config.get(
+              "max_position_embeddings", 2048)}
 
 
 def unpermute(rows: np.ndarray, n_heads: int) -> np.ndarray:
@@ -129,10 +222,6 @@ def _config(
     raise errors.UserError(
         f'{label}: general.architecture="{arch}" is unsupported; supported: '
         f"{', '.join(registry.FAMILIES)}")
-  if "rope_freqs.weight" in stored:
-    raise errors.UserError(
-        f"{label}: rope_freqs.weight (Llama 3 RoPE factors) is unsupported in "
-        "GGUF; give the safetensors folder of this model")
   config: dict[str, Any] = {
       theirs: fields[f"{arch}.{key}"] for key, theirs in _KEYS.items()
       if f"{arch}.{key}" in fields}
@@ -147,6 +236,8 @@ def _config(
     config["rope_scaling"] = scaling
   # A file that says nothing of a window has none, unless it is Gemma's.
   window = fields.get(f"{arch}.attention.sliding_window")
+  if arch == "llama" and window:  # Mistral is converted as a Llama.
+    config["model_type"] = "mistral"
   if window is not None or arch not in in_gguf.GEMMA:
     config["sliding_window"] = window
   config["tie_word_embeddings"] = "output.weight" not in stored

@@ -7,7 +7,7 @@ several projections as one tensor; `groups` says which.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 import dataclasses
 import json
 import operator
@@ -23,6 +23,7 @@ from lora_jax import quant
 from lora_jax import types
 from lora_jax.models import config as config_lib
 from lora_jax.models import registry
+from lora_jax.models.checkpoints import registry as checkpoints
 from lora_jax.models.families import common
 
 # Module path of each target within a layer.
@@ -227,12 +228,23 @@ class Tensor:
   Attributes:
     dtype: the file's name of its type.
     raw: its bytes in the file, uint8 `[n]`.
-    array: its value, `[o, i]` or `[o]`, in a float type.
+    array: its value, `[o, i]` or `[o]`, in a float type; or `[i, o]` with
+      numpy leaves, if the checkpoint is quantised.
+    parts: what it was put together from, by name; empty if it is stored as
+      one tensor.
   """
 
   dtype: str
   raw: np.ndarray
-  array: np.ndarray
+  array: np.ndarray | quant.QuantizedArray
+  parts: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of the value in Hugging Face's layout: `[o, i]` or `[o]`."""
+    shape = self.array.shape
+    return shape[::-1] if isinstance(
+        self.array, quant.QuantizedArray) else shape
 
 
 class Folder:
@@ -241,8 +253,9 @@ class Folder:
   Attributes:
     config: the model's.
     label: what messages call it.
-    tensors: file of each tensor, by the name that it has in a model of text
-      alone.
+    scheme: how its weights are quantised, or None.
+    tensors: by the name in a model of text alone, what each is put together
+      from: such names by suffix; a plain tensor's is its own.
     files: all that is read.
   """
 
@@ -255,14 +268,25 @@ class Folder:
     self.label = str(path)
     file = path / "config.json"
     content = _json(file)
-    self.config = _with_ends(registry.from_hf(content, str(file)), path)
+    quantised = content.pop("quantization_config", None)
+    legacy = path / "quantize_config.json"  # AutoGPTQ, before transformers.
+    if not quantised and legacy.exists():
+      file, quantised = legacy, {"quant_method": "gptq"} | _json(legacy)
+    self.config = _with_ends(
+        registry.from_hf(content, str(path / "config.json")), path)
+    self.scheme = (
+        checkpoints.open_scheme(quantised, str(file)) if quantised else None)
     files = _index(path)
-    self._stored = (text_names(files) if "text_config" in content
-                    else dict(zip(files, files, strict=True)))
-    self.tensors = {name: files[old] for name, old in self._stored.items()}
+    names = (text_names(files) if "text_config" in content
+             else dict(zip(files, files, strict=True)))
+    self._files = {name: (files[old], old) for name, old in names.items()}
+    parts = self.scheme.parts(self._files) if self.scheme else {}
+    hidden = {name for stored in parts.values() for name in stored.values()}
+    self.tensors = {name: {"": name} for name in self._files
+                    if name not in hidden} | parts
     self.files = [
         *(path / name for name in SETTINGS if (path / name).exists()),
-        *sorted(set(self.tensors.values()))]
+        *sorted({file for file, _ in self._files.values()})]
 
   def read(self, name: str) -> Tensor:
     """One tensor; the file is open, and mapped, for this call only.
@@ -270,9 +294,24 @@ class Folder:
     Raises:
       errors.UserError: if it cannot be read, or is not of a float type.
     """
+    stored = self.tensors[name]
+    if "" in stored or self.scheme is None:
+      return self._stored(name, DTYPES)
+    parts = {suffix: self._stored(part) for suffix, part in stored.items()}
+    try:
+      array = self.scheme.decode(
+          {suffix: part.array for suffix, part in parts.items()})
+    except errors.UserError as error:
+      raise errors.UserError(f"{self.label}: {name}: {error}") from None
+    if isinstance(array, np.ndarray):
+      array = array.T
+    return Tensor(self.scheme.label, np.empty(0, np.uint8), array, {
+        stored[suffix]: part for suffix, part in parts.items()})
+
+  def _stored(self, name: str, dtypes: Collection[str] | None = None):
     import safetensors
 
-    file, name = self.tensors[name], self._stored[name]
+    file, name = self._files[name]
     try:
       with safetensors.safe_open(file, framework="np") as handle:
         if name not in set(handle.keys()):
@@ -280,10 +319,10 @@ class Folder:
               f"{file}: {name} is missing, though {INDEX} says it is there; "
               "download the file again")
         dtype = handle.get_slice(name).get_dtype()
-        if dtype not in DTYPES:
+        if dtypes is not None and dtype not in dtypes:
           raise errors.UserError(
               f"{file}: {name} is of type {dtype}; supported: "
-              f"{', '.join(DTYPES)}")
+              f"{', '.join(dtypes)}")
         array = handle.get_tensor(name)
     except (OSError, safetensors.SafetensorError) as error:
       raise errors.UserError(_broken(file, error)) from None
@@ -342,7 +381,8 @@ def _index(path: pathlib.Path) -> dict[str, pathlib.Path]:
   if not file.exists():
     raise errors.UserError(
         f"{path} holds neither model.safetensors nor {INDEX}; give a folder "
-        "in safetensors format")
+        "in safetensors format (transformers converts .bin files: "
+        "from_pretrained, then save_pretrained)")
   try:
     with safetensors.safe_open(file, framework="np") as handle:
       return dict.fromkeys(handle.keys(), file)

@@ -19,9 +19,11 @@ import itertools
 import pathlib
 from typing import Any, NamedTuple, Protocol
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+import numpy as np
 
 from lora_jax import errors
 from lora_jax import mesh as mesh_lib
@@ -32,10 +34,13 @@ from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
 from lora_jax.models import gguf
 from lora_jax.models import hf
+from lora_jax.models import hub
 from lora_jax.models import init
 from lora_jax.models import sharding
+from lora_jax.models.checkpoints import scheme as scheme_lib
 
 SKIP = ("lm_head", "embed_tokens")
+_FLOAT = quant.QuantSpec(format="none")
 
 
 class LoadedBase(NamedTuple):
@@ -67,6 +72,10 @@ class Source(Protocol):
     """What messages call it."""
 
   @property
+  def scheme(self) -> scheme_lib.Scheme | None:
+    """How it is quantised, if it is."""
+
+  @property
   def tensors(self) -> dict[str, Any]:
     """By Hugging Face's names."""
 
@@ -89,8 +98,11 @@ def load(
   Args:
     path: a folder with `config.json` and safetensors, a `.gguf` file, a
       folder with one, a folder that experiments.quantize wrote, or a hub name
-      such as `HuggingFaceTB/SmolLM2-135M`.
-    spec: how to quantise the projections; None leaves them in `dtype`.
+      such as `HuggingFaceTB/SmolLM2-135M` or `owner/name@revision`.
+    spec: how to quantise the projections. None, or the format "none", leaves
+      them in `dtype`. A checkpoint that is quantised keeps its own codes,
+      whatever `spec` and `skip` say, but for the format "none", which
+      dequantises them.
     dtype: of everything that is not quantised.
     skip: targets that are not quantised.
 
@@ -109,7 +121,7 @@ def open_source(path: str) -> Source:
   """The checkpoint at `path`; see `load`."""
   place = pathlib.Path(path).expanduser()
   if not place.exists():
-    place = _from_hub(str(path))
+    place = hub.fetch(str(path))
   if place.is_file():
     if place.suffix != ".gguf":
       raise errors.UserError(
@@ -120,33 +132,12 @@ def open_source(path: str) -> Source:
     return base_store.Stored.open(place)
   files = sorted(place.glob("*.gguf"))
   if files and not (place / "config.json").exists():
-    if len(files) > 1:
+    if len(files) > 1 and files != gguf.parts(files[0]):
       raise errors.UserError(
           f"model.path={path} holds {len(files)} GGUF files; name one of "
           f"them, e.g. {files[0].name}")
     return gguf.File(files[0])
   return hf.Folder(place)
-
-
-def _from_hub(name: str) -> pathlib.Path:
-  parts = name.split("/")
-  if len(parts) != 2 or not all(parts) or name.startswith(("/", ".", "~")):
-    raise errors.UserError(
-        f"model.path={name} does not exist; give a model folder, a .gguf "
-        "file or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct")
-  import huggingface_hub
-
-  try:
-    return pathlib.Path(huggingface_hub.snapshot_download(
-        name, allow_patterns=[
-            "*.json", "model*.safetensors", "*.jinja", "tokenizer*"]))
-  # The hub client raises its own, requests' and httpx's errors.
-  except Exception as error:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    raise errors.UserError(
-        f"model.path={name} is no local folder, and the hub gave none "
-        f"({reason}); check the name and the network, or give a folder"
-    ) from None
 
 
 def convert(
@@ -168,17 +159,24 @@ def convert(
         source.fingerprint, source.label)
   config = source.config
   _check(source, spec, skip)
-  digests: list[str] = []
+  if source.scheme and spec and spec.format != "none":
+    if spec.format not in source.scheme.label:
+      logging.warning(
+          "%s keeps its own quantisation (%s); quant.format=%s does not apply",
+          source.label, source.scheme.label, spec.format)
+    spec = None
+  digests: dict[str, str] = {}
   leaves: dict[tuple[str, str], types.Tree] = {}
-  chosen = spec if spec and spec.format != "none" else None
   for target, parts in hf.groups(config):
-    hows = [chosen if slot.linear and slot.target not in skip else None
-            for slot in parts]
+    hows = [
+        _FLOAT if not slot.linear or (
+            slot.target in skip and not source.scheme) else spec
+        for slot in parts]
     found = _group(
         source, target, parts, hows, jnp.dtype(dtype), digests, mesh)
     leaves |= {(slot.target, slot.leaf): leaf
                for slot, leaf in zip(parts, found, strict=True)}
-  fingerprint = hashlib.sha256("\n".join(sorted(digests)).encode())
+  fingerprint = hashlib.sha256("\n".join(sorted(digests.values())).encode())
   base = init.assemble(config, leaves)
   return LoadedBase(config, base, fingerprint.hexdigest(), source.label)
 
@@ -197,7 +195,8 @@ def originals(
     projections; a checkpoint is opened at the first call.
 
   Raises:
-    errors.UserError: as `load`; on the calls.
+    errors.UserError: as `load`, and for a checkpoint that is itself quantised;
+      on the calls.
   """
   opened: list[Source] = []
 
@@ -205,6 +204,10 @@ def originals(
     if not opened:
       opened.append(open_source(path))
     source = opened[0]
+    if source.scheme is not None or isinstance(source, base_store.Stored):
+      raise errors.UserError(
+          f"{path} holds quantised weights, and adapter.init needs those they "
+          "were made from; give the original model, or adapter.init=default")
     name, start, stop = hf.rows(source.config, target)
     raw = source.read(hf.hf_name(layer, name)).array
     return _convert(
@@ -216,7 +219,18 @@ def originals(
 
 def _group(source, target, parts, specs, dtype, digests, mesh
            ) -> list[types.Tree]:
-  """The slots of one tensor (a layer), stacked if there is one a layer."""
+  """The slots of one tensor (a layer), stacked if there is one a layer.
+
+  Args:
+    source: the checkpoint.
+    target: of the tensor.
+    parts: the slots whose rows it holds.
+    specs: how to quantise each; the format "none" makes floats of codes, None
+      leaves floats and codes as they are.
+    dtype: of floats.
+    digests: lines of the fingerprint by stored name, added to.
+    mesh: the devices, or None for one.
+  """
   read = functools.partial(
       _ones, source, target, parts, specs, dtype, digests)
   if not parts[0].stacked:
@@ -227,10 +241,24 @@ def _group(source, target, parts, specs, dtype, digests, mesh
     ones = read(layer)
     if stacks is None:
       stacks = _allocated(mesh, parts, ones, depth)
+    elif not _stackable(stacks, ones):
+      logging.warning(
+          "%s: %s is quantised in some layers and otherwise, or not, in "
+          "others; all of them are dequantised", source.label, target)
+      floats = [_FLOAT] * len(parts)
+      return _group(source, target, parts, floats, dtype, digests, mesh)
     # Waiting keeps the next tensor from being read while this one is held.
     stacks = jax.block_until_ready(
         _put(stacks, _scattered(mesh, parts, ones), layer))
   return stacks
+
+
+def _stackable(stacks: types.Tree, ones: types.Tree) -> bool:
+  def form(tree, lead):
+    return jax.tree.structure(tree), [
+        (x.shape[lead:], x.dtype) for x in jax.tree.leaves(tree)]
+
+  return form(stacks, 1) == form(ones, 0)
 
 
 def _ones(source, target, parts, specs, dtype, digests, layer
@@ -277,9 +305,13 @@ def _homes(mesh, parts, trees) -> list[types.Tree]:
 @functools.partial(
     jax.jit, static_argnames=("spec", "dtype", "transpose", "rows"))
 def _convert(raw, *, spec, dtype, transpose, rows):
+  floats = spec is None or spec.format == "none"
+  if isinstance(raw, quant.QuantizedArray):
+    one = raw if rows == (0, raw.out_features) else raw.columns(*rows)
+    return one.dequantize(dtype) if spec and floats else one
   array = raw[slice(*rows)]
   array = array.T if transpose else array
-  return array.astype(dtype) if spec is None else quant.quantize(array, spec)
+  return array.astype(dtype) if floats else quant.quantize(array, spec)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -289,16 +321,17 @@ def _put(stack, one, layer):
           whole, x, layer, 0), stack, one)
 
 
-def _read(source, name, wanted, digests) -> jax.Array:
+def _read(source, name, wanted, digests) -> types.Tree:
   """The tensor on the device, its digest noted."""
   tensor = source.read(name)
-  shape = tensor.array.shape
-  if shape != wanted:
+  if tensor.shape != wanted:
     raise errors.UserError(
-        f"{source.label}: {name} has shape {list(shape)}, but the config asks "
-        f"for {list(wanted)}; the two belong to different models")
-  content = hashlib.sha256(tensor.raw).hexdigest()
-  digests.append(f"{name} {tensor.dtype} {list(shape)} {content}")
+        f"{source.label}: {name} has shape {list(tensor.shape)}, but the "
+        f"config asks for {list(wanted)}; the two belong to different models")
+  for stored, part in (tensor.parts or {name: tensor}).items():
+    content = hashlib.sha256(part.raw).hexdigest()
+    digests[stored] = (
+        f"{stored} {part.dtype} {list(part.array.shape)} {content}")
   # Waiting lets the host's copy go before the conversion allocates.
   return jax.block_until_ready(jax.device_put(tensor.array))
 
@@ -325,8 +358,16 @@ def _check(source: Source, spec, skip) -> None:
     # Old Llama files store RoPE's frequencies, tied ones the head twice.
     ignored = name.endswith("rotary_emb.inv_freq") or (
         name == "lm_head.weight" and source.config.tie_embeddings)
-    if name not in wanted and not ignored:
+    if name not in wanted and not ignored and not _no_bias(source, name):
       raise errors.UserError(
           f"{source.label}: tensor {name} is not of a "
           f"{source.config.family} model with this config; the checkpoint "
           "belongs to another one")
+
+
+def _no_bias(source: Source, name: str) -> bool:
+  """Whether it is the bias of zeros that AutoGPTQ gives every projection."""
+  if source.scheme is None or not name.endswith(".bias"):
+    return False
+  array = source.read(name).array
+  return isinstance(array, np.ndarray) and not array.any()

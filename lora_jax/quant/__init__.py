@@ -1,4 +1,4 @@
-"""Quantised weights: NF4, FP4, INT4, INT8, with nested statistics.
+"""Quantised weights: NF4, FP4, INT4, INT8, LLM.int8; nested statistics.
 
   spec = quant.QuantSpec(format="nf4", block_size=64, double=True)
   w = quant.quantize(weight, spec)   # [i, o] -> QuantizedArray
@@ -10,6 +10,7 @@ A new format is one file with a subclass of `QuantizedArray` and one row of
 
 from lora_jax.quant.base import QuantizedArray
 from lora_jax.quant.base import QuantSpec
+from lora_jax.quant.base import WHOLE
 from lora_jax.quant.linear import matmul
 from lora_jax.quant.registry import bits_per_parameter
 from lora_jax.quant.registry import check
@@ -20,6 +21,7 @@ from lora_jax.quant.registry import spec_of
 
 __all__ = [
     "FORMATS",
+    "WHOLE",
     "QuantSpec",
     "QuantizedArray",
     "bits_per_parameter",

@@ -26,6 +26,9 @@ from lora_jax.kernels import packing
 from lora_jax.kernels import plain
 from lora_jax.quant import double
 
+# A block size that no weight exceeds: every column is one block.
+WHOLE = 2**30
+
 
 @dataclasses.dataclass(frozen=True)
 class QuantSpec:
@@ -139,6 +142,15 @@ class QuantizedArray:
   @property
   def out_features(self) -> int:
     return self.shape[-1]
+
+  def columns(self, start: int, stop: int) -> Self:
+    """`w[:, start:stop]`, the same values; what is nested is unnested."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(self):
+      if field.metadata.get("axes", ())[-1:] == ("out",):
+        value = double.unnest(getattr(self, field.name))
+        found[field.name] = value[..., start:stop]
+    return dataclasses.replace(self, **found)
 
   def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
     """The weight `[i, o]`, after the leading axes if there are any.

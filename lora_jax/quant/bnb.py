@@ -88,26 +88,13 @@ def from_bnb(tensors: Mapping[str, np.ndarray]) -> codebook.Codebook:
     errors.UserError: if a tensor is missing or of the wrong size, for other
       tables, and if the block size does not divide `i`.
   """
-  names = [name for name in TYPES if _STATE + name in tensors]
-  if not names:
-    raise errors.UserError(
-        f'no "{_STATE}nf4" or "...fp4" among {sorted(tensors)}; give the '
-        "tensors of one Linear4bit as bitsandbytes saves them")
-  kind = TYPES[names[0]]
-  state = json.loads(bytes(np.asarray(_get(tensors, _STATE + names[0]))))
+  kind, state = _state(tensors)
   out, rows = state["shape"]
   size = state["blocksize"]
   _check_blocks(rows, size)
-  _check_table(tensors, "weight.quant_map", kind.table(), 0.0)
-  raw = np.ascontiguousarray(_get(tensors, "weight")).reshape(-1)
-  flat = raw.view(np.uint8)
-  absmax = np.asarray(_get(tensors, "weight.absmax")).reshape(-1)
-  blocks = rows // size * out
-  if 2 * flat.size != rows * out or absmax.size != blocks:
-    raise errors.UserError(
-        f"weight of {flat.size} bytes and weight.absmax of {absmax.size} "
-        f"values do not make shape [{out}, {rows}]: {rows * out // 2} and "
-        f"{blocks} are needed; fetch the file again")
+  flat, absmax = _bytes(tensors), _absmax(tensors)
+  _check_sizes(flat, absmax, state)
+  flat = flat[: rows * out // 2]
   codes = np.stack([flat >> 4, flat & 15], axis=1).reshape(out, rows).T
   low, high = np.split(codes.reshape(-1, size, out), 2, axis=1)
   stored = np.ascontiguousarray(absmax.reshape(out, -1).T)
@@ -116,6 +103,78 @@ def from_bnb(tensors: Mapping[str, np.ndarray]) -> codebook.Codebook:
     scales = _nested(tensors, state, stored)
   return kind(codes=(low | (high << 4)).reshape(rows // 2, out),
               scales=scales, block_size=size)
+
+
+def aligned(tensors: Mapping[str, np.ndarray]) -> bool:
+  """Whether no block crosses the end of a row, so that `from_bnb` reads it.
+
+  Raises:
+    errors.UserError: if the tensors hold no 4-bit weight.
+  """
+  _, state = _state(tensors)
+  rows, size = state["shape"][1], state["blocksize"]
+  return rows % size == 0 and size % 2 == 0
+
+
+def values(tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+  """The float32 values `[i, o]`, of any block size; equal to bitsandbytes'.
+
+  Args:
+    tensors: as `from_bnb` takes them.
+
+  Raises:
+    errors.UserError: if a tensor is missing or of the wrong size, or a table
+      is not bitsandbytes' own.
+  """
+  kind, state = _state(tensors)
+  out, rows = state["shape"]
+  flat, absmax = _bytes(tensors), _absmax(tensors)
+  _check_sizes(flat, absmax, state)
+  if "nested_offset" in state:
+    nested = _nested(tensors, state, absmax)
+    block = np.arange(absmax.size) // double.BLOCK
+    absmax = double.dynamic_map()[absmax] * nested.nested_absmax[block]
+    absmax = absmax + nested.offset
+  codes = np.stack([flat >> 4, flat & 15], axis=1).reshape(-1)[: rows * out]
+  scales = np.repeat(absmax, state["blocksize"])[: codes.size]
+  return np.ascontiguousarray(
+      (kind.table()[codes] * scales).reshape(out, rows).T)
+
+
+def _state(
+    tensors: Mapping[str, np.ndarray]
+) -> tuple[type[codebook.Codebook], dict[str, Any]]:
+  """The format and the parsed state of a weight, its table checked."""
+  names = [name for name in TYPES if _STATE + name in tensors]
+  if not names:
+    raise errors.UserError(
+        f'no "{_STATE}nf4" or "...fp4" among {sorted(tensors)}; give the '
+        "tensors of one Linear4bit as bitsandbytes saves them")
+  kind = TYPES[names[0]]
+  _check_table(tensors, "weight.quant_map", kind.table(), 0.0)
+  return kind, json.loads(bytes(np.asarray(_get(tensors, _STATE + names[0]))))
+
+
+def _bytes(tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+  raw = np.ascontiguousarray(_get(tensors, "weight")).reshape(-1)
+  return raw.view(np.uint8)
+
+
+def _absmax(tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+  return np.asarray(_get(tensors, "weight.absmax")).reshape(-1)
+
+
+def _check_sizes(flat: np.ndarray, absmax: np.ndarray,
+                 state: dict[str, Any]) -> None:
+  out, rows = state["shape"]
+  size = -(-rows * out // 2)
+  blocks = -(-rows * out // state["blocksize"])
+  # A wider storage type pads the last byte.
+  if not size <= flat.size < size + 4 or absmax.size != blocks:
+    raise errors.UserError(
+        f"weight of {flat.size} bytes and weight.absmax of {absmax.size} "
+        f"values do not make shape [{out}, {rows}]: {size} and "
+        f"{blocks} are needed; fetch the file again")
 
 
 def _nested(tensors: Mapping[str, np.ndarray], state: dict[str, Any],

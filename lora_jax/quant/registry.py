@@ -16,6 +16,7 @@ from lora_jax.quant import double
 from lora_jax.quant import fp4
 from lora_jax.quant import int4
 from lora_jax.quant import int8
+from lora_jax.quant import llm_int8
 from lora_jax.quant import nf4
 
 FORMATS: dict[str, type[base.QuantizedArray]] = {
@@ -24,6 +25,7 @@ FORMATS: dict[str, type[base.QuantizedArray]] = {
     "int4": int4.Int4,
     "int4_affine": int4.Int4Affine,
     "int8": int8.Int8,
+    "llm_int8": llm_int8.LLMInt8,
 }
 
 

@@ -88,8 +88,6 @@ def test_windows_by_layer():
           rope_parameters=dict(rope_theta=1.0)),
      ['"rope_theta"', "full_attention, sliding_attention"]),
     (dict(model_type="gemma3"), ["text_config is missing"]),
-    (dict(quantization_config=dict(quant_method="gptq")),
-     ['"gptq"', "quant.format"]),
     (dict(num_hidden_layers=None), ["num_hidden_layers is missing"]),
     (dict(vocab_size="ten"), ["vocab_size is 'ten'", "positive integer"]),
     (dict(num_key_value_heads=3), ["=3", "does not divide"]),

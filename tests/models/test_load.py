@@ -181,17 +181,6 @@ def test_bad_arguments(tmp_path):
   _fails(tmp_path, "embed_tokens", spec=quant.QuantSpec(), skip=())
 
 
-def test_hub_names(tmp_path, monkeypatch):
-  import huggingface_hub
-
-  write(tmp_path)
-  monkeypatch.setattr(
-      huggingface_hub, "snapshot_download",
-      lambda name, **_: str(tmp_path) if name == "org/good" else 1 / 0)
-  assert load.load("org/good").source == "org/good"
-  _fails("org/bad", "org/bad", "hub", "division by zero")
-
-
 _MEASURE = """
 import sys
 from lora_jax import quant, trees

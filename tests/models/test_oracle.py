@@ -434,6 +434,7 @@ def test_the_text_model_of_a_multimodal_checkpoint(prefix, tmp_path):
 def _base_of(model, config):
   class Memory:
     label = "memory"
+    scheme = None
 
     def __init__(self):
       self.config = config

@@ -19,6 +19,9 @@ FP4 = np.float32([s * m / 12 for s in (1, -1)
 TABLES = {"nf4": NF4, "fp4": FP4, "int4": np.arange(-8, 8, dtype=np.float32)}
 
 
+WHOLE_BYTES = ("int8", "llm_int8")
+
+
 def blocks(rows: int, size: int):
   """Slices of the rows of each block."""
   return [slice(r, min(r + size, rows)) for r in range(0, rows, size)]
@@ -54,7 +57,7 @@ def dequantize(name: str, w, table: np.ndarray) -> np.ndarray:
   """float32 `[i, o]` of a two-dimensional quantised weight."""
   scales = unnest(w.scales, table)
   codes = np.asarray(w.codes)
-  if name != "int8":
+  if name not in WHOLE_BYTES:
     codes = nibbles(codes, w.block_size)
   values = np.zeros(codes.shape, np.float32)
   for n, rows in enumerate(blocks(codes.shape[0], w.block_size)):
@@ -62,6 +65,9 @@ def dequantize(name: str, w, table: np.ndarray) -> np.ndarray:
       values[rows] = TABLES[name][codes[rows]] * scales[n]
     elif name == "int8":
       values[rows] = codes[rows].astype(np.float32) * scales[n]
+    elif name == "llm_int8":
+      product = codes[rows].astype(np.float32) * scales[n]
+      values[rows] = product * np.float32(7.874015718698502e-3)
     else:
       product = codes[rows].astype(np.float32) * scales[n]
       values[rows] = product + unnest(w.minimums, table)[n]
@@ -80,7 +86,7 @@ def encode(name: str, w: np.ndarray, size: int):
     low = block.min(0)
     scale = {
         "nf4": peak, "fp4": peak, "int4": peak * np.float32(1 / 7),
-        "int8": peak * np.float32(1 / 127),
+        "int8": peak * np.float32(1 / 127), "llm_int8": peak,
         "int4_affine": (block.max(0) - low) * np.float32(1 / 15)}[name]
     inverse = np.float32(1) / np.maximum(scale, tiny)
     if name in TABLES:
@@ -90,6 +96,10 @@ def encode(name: str, w: np.ndarray, size: int):
       codes[rows] = order[np.searchsorted(middles, block * inverse)]
     elif name == "int8":
       codes[rows] = np.rint(block * inverse)
+    elif name == "llm_int8":
+      codes[rows] = np.rint(
+          block * (1 / np.maximum(scale, np.float32(1e-30))
+                   * np.float32(127)))
     else:
       codes[rows] = np.rint((block - low) * inverse)
     scales.append(scale)

@@ -19,7 +19,8 @@ def weight(*shape, seed=0):
 
 
 def test_the_formats():
-  assert set(quant.FORMATS) == {"nf4", "fp4", "int4", "int4_affine", "int8"}
+  assert set(quant.FORMATS) == {
+      "nf4", "fp4", "int4", "int4_affine", "int8", "llm_int8"}
   for name, kind in quant.FORMATS.items():
     got = quant.quantize(weight(64, 4), quant.QuantSpec(name))
     assert type(got) is kind and isinstance(got, quant.QuantizedArray)

@@ -43,11 +43,6 @@ def geometry(
     raise errors.UserError(
         f'{source}: hidden_act="{act}" is unsupported; supported: '
         f"{', '.join(ACTIVATIONS)}")
-  if hf.get("quantization_config"):
-    method = hf["quantization_config"].get("quant_method", "unknown")
-    raise errors.UserError(
-        f'{source}: quantization_config says quant_method="{method}"; give '
-        "the unquantised checkpoint, and quant.format to quantise it here")
   d_model = integer(hf, "hidden_size", source)
   n_heads = integer(hf, "num_attention_heads", source)
   # A key that is there with null means "as many as query heads".

@@ -1,0 +1,1 @@
+"""Checkpoints that come quantised: one file a method, a table of them."""
