@@ -84,6 +84,8 @@ def check(folder, whole):
   assert digests == {"2.json", "4.json"}
 
 
+# Slow: five processes compile for eight devices, and one dies of silence.
+@pytest.mark.slow
 def test_killed_processes_go_on_and_end_as_one(run_command, whole, tmp_path):
   folder = tmp_path / "run"
   run = start(run_command, folder, tmp_path, 2)
