@@ -65,8 +65,9 @@ def check(folder, whole):
   ours, theirs = (conftest.metrics(f) for f in (folder, whole))
   assert [x["step"] for x in ours] == [x["step"] for x in theirs]
   for a, b in zip(ours, theirs):
-    for key in ("loss", "eval_loss", "grad_norm", "tokens", "lr"):
-      assert a.get(key) == pytest.approx(b.get(key), rel=1e-5)
+    assert a.keys() == b.keys()
+    for key in a.keys() - {"tokens_per_s"}:
+      assert a[key] == pytest.approx(b[key], rel=1e-5), key
   for step in (0, 2, 4):
     a, b = (json.loads((f / "evals" / f"{step}.json").read_text())
             for f in (folder, whole))
@@ -83,6 +84,8 @@ def check(folder, whole):
   assert digests == {"2.json", "4.json"}
 
 
+# Slow: five processes compile for eight devices, and one dies of silence.
+@pytest.mark.slow
 def test_killed_processes_go_on_and_end_as_one(run_command, whole, tmp_path):
   folder = tmp_path / "run"
   run = start(run_command, folder, tmp_path, 2)
@@ -99,7 +102,8 @@ def test_killed_processes_go_on_and_end_as_one(run_command, whole, tmp_path):
   run[1].wait()
   end(run := start(run_command, folder, tmp_path, 2), tmp_path)
   assert "going on from step 2" in (tmp_path / "out0").read_text()
-  assert (tmp_path / "out1").read_text() == ""
+  assert "step 4/4" in (tmp_path / "out0").read_text()
+  assert "step" not in (tmp_path / "out1").read_text()  # Only gloo prints.
   check(folder, whole)
 
 
