@@ -51,8 +51,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   flags.DEFINE_string(
       "skip", ",".join(load_lib.SKIP), "Targets not to quantise.", **own)
   flags.DEFINE_string(
-      "dtype", "float32", "Of what is not quantised: float32, bfloat16.",
-      **own)
+      "dtype", "float32",
+      f"Type of what is not quantised: {', '.join(trained.DTYPES)}.", **own)
   flags.DEFINE_string(
       "out", None, "The folder to write; the cache by default.", **own)
   flags.DEFINE_boolean("list", False, "Print what the cache holds.", **own)

@@ -52,7 +52,7 @@ def open_workdir(folder: pathlib.Path, config: dict[str, Any]) -> None:
     errors.UserError: if the folder holds a run of another config, or cannot
       be written.
   """
-  path = folder / "config.json"
+  path, stored = folder / "config.json", config
   if path.exists():
     try:
       old = json.loads(path.read_text())
@@ -63,7 +63,9 @@ def open_workdir(folder: pathlib.Path, config: dict[str, Any]) -> None:
       raise errors.UserError(
           f"{folder} holds a run with {name}={was!r}, not {now!r}; choose "
           "another --workdir, or delete it")
-  workdir_lib.write_json(path, config)
+    if old is not None:  # Later commands take the devices of the last start.
+      stored = old | {"mesh": config["mesh"]}
+  workdir_lib.write_json(path, stored)
   workdir_lib.write_json(
       folder / "environment.json", workdir_lib.environment(config["seed"]))
 

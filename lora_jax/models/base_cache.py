@@ -198,6 +198,8 @@ class _Wanted:
 
   @classmethod
   def of(cls, root, source, spec, dtype, skip) -> _Wanted:
+    if spec is None and source.scheme is None:
+      spec = quant.QuantSpec(format="none")  # The same, of plain floats.
     recipe = base_store.Recipe.of(spec, dtype, skip)
     # Those of quantised checkpoints say how the tensors are to be read.
     settings = {

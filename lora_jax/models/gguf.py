@@ -236,8 +236,6 @@ def _config(
     config["rope_scaling"] = scaling
   # A file that says nothing of a window has none, unless it is Gemma's.
   window = fields.get(f"{arch}.attention.sliding_window")
-  if arch == "llama" and window:  # Mistral is converted as a Llama.
-    config["model_type"] = "mistral"
   if window is not None or arch not in in_gguf.GEMMA:
     config["sliding_window"] = window
   config["tie_word_embeddings"] = "output.weight" not in stored
@@ -246,4 +244,7 @@ def _config(
   for token in ("bos", "eos"):
     config[f"{token}_token_id"] = fields.get(
         f"tokenizer.ggml.{token}_token_id")
-  return config | in_gguf.config(arch, fields, stored)
+  config |= in_gguf.config(arch, fields, stored)
+  if arch == "llama" and window:  # Mistral is converted as a Llama.
+    config["model_type"] = "mistral"
+  return config

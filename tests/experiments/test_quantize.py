@@ -113,7 +113,7 @@ def test_a_folder_is_a_model_of_its_own(cache, tiny_model, tmp_path, capsys):
     (["--model=x", "--format=nf5"], 'did you mean "nf4"'),
     (["--model=x", "--skip=q_prj"], 'did you mean "q_proj"'),
     (["--model=x", "--block_size=3"], "quant.block_size=3"),
-    (["--model=x", "--dtype=float16"], "--dtype"),
+    (["--model=x", "--dtype=float64"], "--dtype"),
 ])
 def test_mistakes(cache, argv, message):
   with pytest.raises(errors.UsageError, match=message):

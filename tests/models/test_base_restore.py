@@ -99,8 +99,8 @@ def main(folder, process, count, port) -> None:
   read = {}
   begin = base_arrays._start
 
-  def noted(where, path, leaf, mesh):
-    found = begin(where, path, leaf, mesh)
+  def noted(folder, path, leaf, where):
+    found = begin(folder, path, leaf, where)
     read[path] = int(np.prod([s.stop - s.start for s in found[1]]))
     return found
 
@@ -110,12 +110,14 @@ def main(folder, process, count, port) -> None:
   opened, found = base_store.Stored.open(pathlib.Path(folder)), {}
   for name, sizes in MESHES.items():
     mesh = mesh_lib.make(mesh_lib.MeshConfig(*sizes))
-    leaves = trees.paths(opened.base(mesh))
+    base = opened.base(mesh)
+    leaves, homes = (trees.paths(x) for x in (
+        base, sharding.shardings(mesh, base)))
     assert leaves.keys() == expected.keys() == read.keys()
     found[name] = {path: {
         "equal": all(np.array_equal(s.data, np.asarray(expected[path])[s.index])
                      for s in leaf.addressable_shards),
-        "placed": leaf.sharding == sharding.named(mesh, path, leaf.shape),
+        "placed": leaf.sharding == homes[path],
         "held": [s.data.size for s in leaf.addressable_shards],
         "size": leaf.size, "read": read[path],
     } for path, leaf in leaves.items()}

@@ -23,12 +23,13 @@ IMPLEMENTATIONS: dict[str, Any] = {
 }
 CHOICES = {"auto": None, **IMPLEMENTATIONS}
 
-# What auto tries before plain, in order. cuDNN's causal kernel is the faster
-# for whole rows; with several segments a row it would need a mask in memory.
+# What auto tries before plain, in order. On an H100 tokamax takes 1.26 ms for
+# whole rows (4 x 2048, 32 heads on 8, with backward) and cuDNN 1.39; with
+# several segments a row cuDNN needs a mask in memory: 1.24 and 3.51.
 PREFERRED: dict[str, tuple[str, ...]] = {
     "any": (),
     "packed": ("splash", "tokamax", "cudnn"),
-    "single": ("splash", "cudnn", "tokamax"),
+    "single": ("splash", "tokamax", "cudnn"),
 }
 
 
