@@ -33,7 +33,8 @@ def on(monkeypatch):
 
 
 def _call(layout, *, e=128, t=12, **fields):
-  call = oracle.call(layout=layout, dtype=jnp.bfloat16, **fields)
+  fields = {"dtype": jnp.bfloat16} | fields
+  call = oracle.call(layout=layout, **fields)
   return dataclasses.replace(call, **{
       name: jnp.zeros((3, t, getattr(call, name).shape[2], e), call.q.dtype)
       for name in "qkv"})
@@ -59,6 +60,7 @@ def _choice(call):
     (H100, "packed", {"window": jnp.int32(4)}, "tokamax"),
     (H100, "packed", {"e": 256}, "tokamax"),
     (H100, "packed", {"e": 60}, "plain"),
+    (H100, "packed", {"dtype": jnp.float16}, "cudnn"),
     (H100, "packed", {"t": 1}, "plain"),
     (H100, "any", {}, "plain"),
     (B200, "packed", {}, "tokamax"),
