@@ -41,6 +41,8 @@ MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 4, 2),
 # Compiling for eight devices takes seconds: one method on all meshes.
 CASES = {"lora nf4": tuple(MESHES), "dora nf4": ("mixed",),
          "lora none": ("fsdp",), "full none": ("mixed",)}
+EVERY = {f"{method} {fmt}": tuple(MESHES)
+         for method in ("lora", "dora", "full") for fmt in ("nf4", "none")}
 # No clipping, so that Adam's first moment is the gradient; a large epsilon,
 # so that the update is no sign of a rounding error.
 OPTIM = optim.OptimConfig(clip_norm=0.0, eps=1e-2, weight_decay=0.1)
@@ -104,10 +106,10 @@ def distances(ours, theirs):
           for path, x in trees.paths(ours).items()}
 
 
-def equality(folder):
+def equality(folder, cases):
   """Two steps of every case, and their checkpoints on other meshes."""
   found, kept = {}, {}
-  for case, names in CASES.items():
+  for case, names in cases.items():
     one = Run(case)
     first, *losses = one.step(one.state)
     moments = jax.tree.map(np.array, first.opt_state[1].mu)
@@ -251,7 +253,7 @@ def evaluation():
 
 
 PARTS = {
-    "equality": equality,
+    "equality": lambda folder: equality(folder, CASES),
     "loading": lambda folder: loading(folder / "model"),
     "evaluation": lambda folder: evaluation(),
     # Without rematerialisation nothing gathered may be kept either.
@@ -261,11 +263,15 @@ PARTS = {
 }
 
 
+# Minutes, and only by name.
+LONG = {"every case": lambda folder: equality(folder, EVERY)}
+
+
 def main() -> None:
   folder, *names = sys.argv[1:]
   print(json.dumps({
-      name: part(pathlib.Path(folder)) for name, part in PARTS.items()
-      if not names or name in names}))
+      name: (PARTS | LONG)[name](pathlib.Path(folder))
+      for name in names or PARTS}))
 
 
 if __name__ == "__main__":

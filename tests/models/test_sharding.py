@@ -21,17 +21,34 @@ RUNS = [f"{case} {mesh}" for case, names in eight.CASES.items()
 FLOATS = ("f32", "bf16", "f16")
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
-  """`eight.main`'s, from a process with 8 devices."""
+def measure(folder, *parts):
+  """`eight.main`'s report, from a process with 8 devices."""
   run = subprocess.run(
-      [sys.executable, "-m", "tests.models.eight",
-       str(tmp_path_factory.mktemp("eight"))],
+      [sys.executable, "-m", "tests.models.eight", str(folder), *parts],
       cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True,
-      timeout=580, env=os.environ | {
+      timeout=1500 if parts else 580, env=os.environ | {
           "XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
   assert run.returncode == 0, run.stderr[-3000:]
   return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+  return measure(tmp_path_factory.mktemp("eight"))
+
+
+@pytest.mark.slow  # 24 programs for eight devices: ten minutes.
+@pytest.mark.timeout(1600)
+def test_every_method_and_base_on_every_mesh(tmp_path):
+  found = measure(tmp_path, "every case")["every case"]
+  del found["restored"]
+  assert len(found) == 3 * 2 * 4
+  for name, result in found.items():
+    worst = max(*result["grads"].values(), *result["params"].values())
+    loss = max(abs(a / b - 1) for a, b in zip(*result["losses"]))
+    print(f"{name:18} loss {loss:.1e} gradients and parameters {worst:.1e}")
+    assert max(worst, loss) <= 1e-5, name
+    assert not result["astray"], name
 
 
 @pytest.mark.parametrize("name", RUNS)

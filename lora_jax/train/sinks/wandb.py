@@ -38,10 +38,11 @@ class WandB:
     self._state.setdefault("step", -1)
     self._kept = self._last = self._state["step"]
     base.remember(folder, "wandb", self._state)
+    mode: Any = self._log.wandb_mode  # One of its literals: `validate`.
     self._run: Any = wandb.init(
         project=self._log.project, name=self._log.run_name(folder),
         id=self._state["id"], resume="allow", dir=str(folder),
-        config=dict(config), mode=self._log.wandb_mode,
+        config=dict(config), mode=mode,
         settings=wandb.Settings(
             console="off", silent=True,
             init_timeout=max(self._log.timeout, 1)))
