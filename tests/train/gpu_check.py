@@ -1,10 +1,10 @@
 """A whole QLoRA step on a GPU: every path trains to the same losses, and times.
 
-    python -m tests.train.gpu_check
+    python -m tests.train.gpu_check [NAME ...]
 
 A random Llama of about 1.1 B parameters, NF4 with double quantisation, LoRA
-r=16 on all linears, 4 x 2048 packed tokens. Prints one line a variant. Not
-collected by pytest, whose machines have no GPU.
+r=16 on all linears, 4 x 2048 packed tokens. Prints one line a variant, or of
+those named. Not collected by pytest, whose machines have no GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import statistics
+import sys
 import time
 from unittest import mock
 
@@ -118,7 +119,8 @@ def main() -> None:
   _, tree = adapters_lib.build(
       jax.random.key(1), adapters_lib.AdapterConfig(rank=16, alpha=32.0), base,
       modules.paths(CONFIG))
-  for name, (dtype, attention, kernels) in VARIANTS.items():
+  for name in sys.argv[1:] or VARIANTS:
+    dtype, attention, kernels = VARIANTS[name]
     off = (contextlib.nullcontext() if kernels else
            mock.patch.dict(dequantise.DEFAULTS, clear=True))
     jax.clear_caches()
