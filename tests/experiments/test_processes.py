@@ -26,8 +26,14 @@ RUN = dict(
     train__samples=1, quant__block_size=8)
 
 
-def start(run_command, folder, logs, count):
-  """The processes of a run of eight devices, their stderr in `logs`."""
+# Two devices: what the default run of the tests can afford.
+SMALL = dict(
+    mesh__data=1, mesh__tensor=1, train__batch_size=4, train__steps=2,
+    train__checkpoint_every=0, quant__block_size=8)
+
+
+def start(run_command, folder, logs, count, devices=8, options=RUN):
+  """The processes of a run of `devices` in all, their stderr in `logs`."""
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = probe.getsockname()[1]
@@ -40,10 +46,10 @@ def start(run_command, folder, logs, count):
           open(logs / f"err{i}", "w") as err):
       found.append(subprocess.Popen(
           [sys.executable, "-m", "experiments.run",
-           *run_command.argv(folder, **RUN, **more)],
+           *run_command.argv(folder, **options, **more)],
           cwd=conftest.ROOT, stdout=out, stderr=err, env=os.environ | {
               "XLA_FLAGS": "--xla_force_host_platform_device_count="
-              f"{8 // count}"}))
+              f"{devices // count}"}))
   return found
 
 
@@ -82,6 +88,26 @@ def check(folder, whole):
   assert environment["process_count"] == 2
   digests = {p.name for p in (folder / "checkpoints/sha256").iterdir()}
   assert digests == {"2.json", "4.json"}
+
+
+def test_two_processes_compute_what_one_does(run_command, tmp_path):
+  one, two = tmp_path / "one", tmp_path / "two"
+  one.mkdir()
+  two.mkdir()
+  runs = [start(run_command, one / "run", one, 1, 1, SMALL),
+          start(run_command, two / "run", two, 2, 2,
+                SMALL | dict(mesh__fsdp=2))]
+  end(runs[0], one)
+  end(runs[1], two)
+  alone, shared = (conftest.metrics(f / "run") for f in (one, two))
+  assert [x["step"] for x in alone] == [0, 1, 2, 2] == [
+      x["step"] for x in shared]
+  for a, b in zip(alone, shared):
+    for key in a.keys() - {"tokens_per_s"}:
+      assert a[key] == pytest.approx(b[key], rel=1e-5), key
+  assert {p.name for p in (one / "run").iterdir()} == {
+      p.name for p in (two / "run").iterdir()}
+  assert "step" not in (two / "out1").read_text()
 
 
 # Slow: five processes compile for eight devices, and one dies of silence.
