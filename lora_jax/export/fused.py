@@ -65,6 +65,11 @@ def join(
   modules, alphas = _modules(named), {}
   blocks: dict[str, list[int]] = {}
   for whole, sizes in fused.items():
+    saved = [p for p in sizes if f"{PREFIX}{p}.weight" in modules]
+    if saved:
+      raise errors.UserError(
+          f"adapter.modules_to_save: PEFT has {_last(whole)}, and no "
+          f"{_last(saved[0])} of its own; use --format=hf")
     parts = {p: modules.pop(p) for p in sizes if p in modules}
     if not parts:
       continue
@@ -153,11 +158,14 @@ def split(
 
 
 def _modules(named: Tensors) -> dict[str, Tensors]:
-  """Tensors by module path and suffix."""
+  """Tensors by module path and suffix; by name those that are no LoRA's."""
   modules: dict[str, Tensors] = {}
   for name, value in named.items():
     path, dot, suffix = name.removeprefix(PREFIX).partition(".lora_")
-    modules.setdefault(path, {})["lora_" + suffix if dot else ""] = value
+    if dot:
+      modules.setdefault(path, {})["lora_" + suffix] = value
+    else:
+      modules[name] = {"": value}
   return modules
 
 

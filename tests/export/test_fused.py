@@ -52,6 +52,20 @@ def _same(a, b):
     np.testing.assert_array_equal(value, b[name])
 
 
+def test_modules_trained_whole_keep_their_names():
+  norm = {f"{fused.PREFIX}model.norm.weight": np.ones(5, np.float32)}
+  named = _part(Q, 3) | norm
+  joined, config, metadata = fused.join(named, CONFIG, FUSED, PATHS)
+  assert joined.keys() == {
+      *norm, f"{fused.PREFIX}{QKV}.{fused.DOWN}",
+      f"{fused.PREFIX}{QKV}.{fused.UP}"}
+  back, _ = fused.split(joined, config, FUSED, PATHS, metadata, "here")
+  _same(back, named)
+  whole = {f"{fused.PREFIX}{V}.weight": np.ones((2, 5), np.float32)}
+  with pytest.raises(errors.UserError, match="has qkv_proj, and no v_proj"):
+    fused.join(named | whole, CONFIG, FUSED, PATHS)
+
+
 def test_three_are_one_of_three_times_the_rank():
   named = _part(Q, 3) | _part(K, 3) | _part(V, 3) | _part(O, 3)
   joined, config, metadata = fused.join(named, CONFIG, FUSED, PATHS)
