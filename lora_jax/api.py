@@ -352,8 +352,9 @@ class Model:
 
   @property
   def stop_ids(self) -> tuple[int, ...]:
-    """Tokens that end a turn: the model's and the tokenizer's."""
-    ids = {*self.config.eos_ids, self.tokenizer.eos_token_id}
+    """Tokens that end a turn: the model's, tokenizer's and template's."""
+    ids = {*self.config.eos_ids, self.tokenizer.eos_token_id,
+           templates.end_of_turn(self.tokenizer)}
     return tuple(sorted(i for i in ids if i is not None))
 
   def save(

@@ -107,6 +107,24 @@ def encode_prompt(
   return np.asarray(_tokenise(rendered, tokenizer)[0], np.int32)
 
 
+def end_of_turn(tokenizer: Tokenizer) -> int | None:
+  """The special token with which the template ends an assistant's turn.
+
+  None without a template, or where the turn ends in ordinary text.
+  """
+  if not tokenizer.chat_template:
+    return None
+  turns = [{"role": "user", "content": "a"},
+           {"role": "assistant", "content": "b"}]
+  try:
+    encoded = encode(formats.Example("a turn", messages=turns), tokenizer)
+  except errors.UserError:  # It wants other turns than these.
+    return None
+  trained = encoded.tokens[encoded.weights > 0]
+  special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+  return next((int(i) for i in trained if int(i) in special), None)
+
+
 def encode_text(text: str, tokenizer: Tokenizer) -> np.ndarray:
   """Tokens of a plain prompt, int32 [n]; BOS where the tokenizer adds it."""
   tokens, _, _ = _tokenise(text, tokenizer)

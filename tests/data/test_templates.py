@@ -219,6 +219,19 @@ def test_prompt_is_a_prefix(smollm2):
       TURNS[:3], add_generation_prompt=True)["input_ids"]
 
 
+def test_end_of_turn(smollm2, tiny):
+  name = smollm2.convert_ids_to_tokens(templates.end_of_turn(smollm2))
+  assert name == "<|im_end|>"
+  turns = "{% for m in messages %} [m.role] {{ m.content }}XX{% endfor %}"
+  assert templates.end_of_turn(tiny()) is None  # Without a template.
+  plain = turns.replace("[m.role]", "[user]").replace("XX", " e")
+  assert templates.end_of_turn(tiny(plain)) is None
+  ended = turns.replace("[m.role]", "[user]").replace("XX", " </s>")
+  assert templates.end_of_turn(tiny(ended)) == 2
+  strict = "{{ raise_exception('no') }}"
+  assert templates.end_of_turn(tiny(strict)) is None
+
+
 def test_tiny_by_hand(tiny):
   tok = tiny("{% for m in messages %}{{ ' [' + m.role + '] ' + m.content }}"
              "{% if m.role == 'assistant' %} </s>{% endif %}{% endfor %}"

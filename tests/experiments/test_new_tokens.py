@@ -49,6 +49,7 @@ def test_the_new_rows_learn(whole):
   assert model.tokenizer.convert_tokens_to_ids("<|im_end|>") == 259
   rows = model.adapters.outer["embed_tokens"]
   assert tuple(rows.index.tolist()) == NEW == model.new_tokens
+  assert model.stop_ids == (257, 259)  # </s> and <|im_end|>.
   moved = np.abs(rows.rows - model.base.embed_tokens[258:260]).max(1)
   assert (moved > 1e-3).all()
   lines = [x["eval_loss"] for x in conftest.metrics(whole) if "eval_loss" in x]
