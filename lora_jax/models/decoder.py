@@ -234,7 +234,7 @@ def forward(
   def body(hidden, xs):
     index, weights, layer_adapters, window, cached = xs
     draw = None if noise is None else noise.at_layer(index)
-    weights = sharding.gathered(mesh, weights, dtype)
+    weights = sharding.housed(mesh, sharding.gathered(mesh, weights, dtype))
     layer_adapters = sharding.gathered(mesh, layer_adapters)
     hidden, cached = layer(
         config, context, hidden, weights, layer_adapters, draw, window, cached)

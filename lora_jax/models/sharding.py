@@ -7,7 +7,7 @@ A base, adapters, gradients and optimiser states are all placed by this.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import dataclasses
 import functools
 from typing import Any
@@ -151,6 +151,40 @@ def gathered(
     return jax.lax.with_sharding_constraint(leaf, used)
 
   return jax.tree.map(move, tree, here, there)
+
+
+def housed(
+    mesh: Mesh | None, layer: Mapping[str, Any],
+    platforms: Collection[str] = ("tpu",)
+) -> Mapping[str, Any]:
+  """A layer whose quantised weights say how they are cut.
+
+  TPUs' compiler cannot cut a kernel: each device runs it on its own part,
+  where the parts are whole blocks.
+
+  Args:
+    mesh: the devices, or None for one.
+    layer: of `gathered`.
+    platforms: of the devices that need it.
+  """
+  if mesh is None or mesh.size == 1 or (
+      mesh.devices.flat[0].platform not in platforms):
+    return layer
+
+  def house(target, weight):
+    rows, columns = weight.shape
+    number, tail = divmod(rows, min(weight.block_size, rows))
+    specs = {
+        mesh_lib.spec(mesh, (n, columns), LINEAR[target], mesh_lib.GATHERED)
+        for n in (weight.codes.shape[0], number, rows)}
+    if tail or len(specs) > 1:
+      return weight
+    return dataclasses.replace(weight, home=(mesh, specs.pop()))
+
+  return {
+      target: module.replace(weight=house(target, module.weight))
+      if isinstance(getattr(module, "weight", None), quant.QuantizedArray)
+      else module for target, module in layer.items()}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -11,11 +11,14 @@ and a layer can be sharded along either axis.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, ClassVar, Self
 
 from flax import struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec
 
 from lora_jax import errors
 from lora_jax import mesh as mesh_lib
@@ -67,6 +70,8 @@ class QuantizedArray:
     codes: uint8 `[i / 2, o]` with two codes a byte, or int8 `[i, o]`.
     scales: float32 `[q, o]`, or the same nested.
     block_size: rows of a block.
+    home: mesh and spec by which codes, statistics and weight are cut alike,
+      where XLA cannot cut a kernel by itself; set where a layer is used.
   """
 
   CODES_PER_BYTE: ClassVar[int] = 2
@@ -74,6 +79,8 @@ class QuantizedArray:
   codes: types.Array = mesh_lib.axes("in", "out")
   scales: double.Statistic = mesh_lib.axes("in", "out")
   block_size: int = struct.field(pytree_node=False, default=64)
+  home: tuple[Mesh, PartitionSpec] | None = struct.field(
+      pytree_node=False, default=None)
 
   @classmethod
   def encode(cls, w: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -116,7 +123,7 @@ class QuantizedArray:
                    else code.reshape(-1, out))
       statistics.append(statistic)
     joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *statistics)
-    stored = {name: double.nest(x) if spec.double else x
+    stored: dict[str, Any] = {name: double.nest(x) if spec.double else x
               for name, x in joined.items()}
     return cls(
         codes=jnp.concatenate(codes), block_size=spec.block_size, **stored)
@@ -160,11 +167,16 @@ class QuantizedArray:
     """
     if self.ndim > 2:
       return jax.vmap(lambda w: w.dequantize(dtype))(self)
-    return dequantise.dequantise(
-        self.codes, self.statistics(),
-        plain.Format(self.decode, self.block_size, self.CODES_PER_BYTE,
-                     self.levels()),
-        dtype)
+    run = functools.partial(
+        dequantise.dequantise, dtype=dtype, form=plain.Format(
+            self.decode, self.block_size, self.CODES_PER_BYTE, self.levels()))
+    if self.home is not None:
+      mesh, spec = self.home
+      # Kernels say nothing about which axes their results vary over.
+      run = jax.shard_map(
+          run, mesh=mesh, in_specs=(spec, spec), out_specs=spec,
+          check_vma=False)
+    return run(self.codes, self.statistics())
 
   def matmul(self, x: jax.Array) -> jax.Array:
     """`x [..., i] @ w` in `x`'s dtype -> `[..., o]`."""

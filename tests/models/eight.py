@@ -182,6 +182,27 @@ def collectives(name, remat):
       for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", match[1])]
 
 
+def housed():
+  """Targets whose weight is dequantised by parts, and those that differ."""
+  mesh, found = make("mixed"), {"housed": [], "unequal": []}
+  for fmt in ("nf4", "int4_affine", "llm_int8"):
+    spec = quant.QuantSpec(fmt, block_size=8)
+    layer = {t: x.replace(weight=quant.quantize(x.weight[0], spec), bias=None)
+             for t, x in contract.quantised("none").layers.items()
+             if isinstance(x, decoder.Linear)}
+    cut = jax.jit(lambda layer: sharding.housed(
+        mesh, sharding.gathered(mesh, layer), ("cpu",)))
+    values = jax.jit(lambda layer: {
+        t: x.weight.dequantize("bfloat16") for t, x in layer.items()})
+    parts = cut(sharding.put(mesh, layer))
+    for target, value in values(parts).items():
+      if parts[target].weight.home is not None:
+        found["housed"].append(f"{fmt} {target}")
+      if not np.array_equal(value, layer[target].weight.dequantize("bfloat16")):
+        found["unequal"].append(f"{fmt} {target}")
+  return found
+
+
 def loading(folder):
   """A checkpoint read onto a mesh, against one device."""
   import safetensors.numpy
@@ -256,6 +277,7 @@ PARTS = {
     "equality": lambda folder: equality(folder, CASES),
     "loading": lambda folder: loading(folder / "model"),
     "evaluation": lambda folder: evaluation(),
+    "housed": lambda folder: housed(),
     # Without rematerialisation nothing gathered may be kept either.
     "collectives fsdp": lambda folder: collectives("fsdp", "none"),
     "collectives tensor": lambda folder: collectives("tensor", "named"),

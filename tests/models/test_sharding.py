@@ -76,6 +76,17 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(report, mesh):
   assert not result["astray"]
 
 
+def test_parts_are_dequantised_where_they_are(report):
+  """What TPUs need for a kernel; o_proj and down_proj are cut along i."""
+  found = report["housed"]
+  assert not found["unequal"]
+  assert {"nf4 q_proj", "nf4 o_proj", "int4_affine gate_proj"} <= set(
+      found["housed"])
+  # A column's one scale has no part that belongs to some of its rows.
+  assert "llm_int8 q_proj" in found["housed"]
+  assert "llm_int8 o_proj" not in found["housed"]
+
+
 @pytest.mark.parametrize("mesh", ["fsdp", "tensor", "mixed"])
 def test_codes_are_gathered_not_floats(report, mesh):
   found = report[f"collectives {mesh}"]
