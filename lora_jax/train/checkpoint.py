@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -138,9 +139,18 @@ def _present(state: types.Tree) -> types.Tree:
   return {name: value for name, value in fields.items() if value is not None}
 
 
+@functools.cache
+def _hush_threads() -> None:
+  """Several of its threads may fail on a full disk: one's error is raised,
+  and the others print theirs whenever they come to it."""
+  logging.get_absl_logger().addFilter(
+      lambda record: "_SignalingThread" not in str(record.msg))
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
   """Without orbax's log: it prints a traceback of errors it raises, too."""
+  _hush_threads()
   before = logging.get_verbosity()
   logging.set_verbosity(logging.FATAL)
   try:
