@@ -33,8 +33,8 @@ def test_attention_and_the_layout_of_rows(monkeypatch, tmp_path):
   config = tiny.CONFIGS["llama"]
   model = api.Model(
       config=config, base=init.random_base(jax.random.key(0), config),
-      tokenizer=types.SimpleNamespace(eos_token_id=0), fingerprint="0" * 64,
-      source="tiny", attention="plain").adapt(rank=2)
+      tokenizer=types.SimpleNamespace(chat_template=None, eos_token_id=0),
+      fingerprint="0" * 64, source="tiny", attention="plain").adapt(rank=2)
   rows = dataset.of([templates.Encoded(
       tokens=np.arange(5, dtype=np.int32), weights=np.ones(5, np.float32))])
   _catch(monkeypatch, loop, "fit")
