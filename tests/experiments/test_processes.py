@@ -49,7 +49,8 @@ def start(run_command, folder, logs, count, devices=8, options=RUN):
            *run_command.argv(folder, **options, **more)],
           cwd=conftest.ROOT, stdout=out, stderr=err, env=os.environ | {
               "XLA_FLAGS": "--xla_force_host_platform_device_count="
-              f"{devices // count}"}))
+              f"{devices // count}",
+              "NPROC": "64"}))  # See tests/models/test_sharding.py.
   return found
 
 
