@@ -20,6 +20,7 @@ import jax
 # and down_proj, where a norm reads them.
 NAMES = ("q", "k", "v", "o", "mid", "gate", "up", "o_out", "down_out")
 
+
 def _all_but_gathered(primitive, *unused, **parameters) -> bool:
   return primitive.name != "sharding_constraint"
 
