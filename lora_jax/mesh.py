@@ -20,7 +20,6 @@ import dataclasses
 import math
 from typing import Any
 
-from flax import struct
 import jax
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
@@ -28,6 +27,7 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 from lora_jax import errors
+from lora_jax import struct
 from lora_jax import types
 
 AXES = ("data", "fsdp", "tensor")
@@ -51,7 +51,7 @@ def axes(*names: str | None, **options: Any) -> Any:
   Args:
     *names: "in" or "out" of the weight's own axes, a key of `RULES`, or None
       for an axis that is never cut.
-    **options: of `flax.struct.field`.
+    **options: of `struct.field`.
   """
   metadata = options.pop("metadata", {}) | {"axes": names}
   return struct.field(metadata=metadata, **options)

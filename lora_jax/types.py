@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
-from flax import struct
+from lora_jax import struct
 
 Array: TypeAlias = Any  # A jax.Array, or a np.ndarray on the host.
 Tree: TypeAlias = Any  # A pytree of arrays.

@@ -1,6 +1,6 @@
 """The hooks of a PEFT method, and the tree they live in.
 
-An `Adapter` is a `flax.struct` dataclass whose array fields belong to one
+An `Adapter` is a `struct.dataclass` whose array fields belong to one
 projection. Fields made with `frozen()` are values the method needs but does
 not train (scales, rates, ranks): they are traced, so a study varies them
 without compiling again, and `split` keeps them out of the optimiser:
@@ -19,12 +19,12 @@ import dataclasses
 from typing import Any, ClassVar
 import zlib
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 
 from lora_jax import mesh as mesh_lib
 from lora_jax import quant
+from lora_jax import struct
 from lora_jax import trees
 from lora_jax import types
 

@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 
 from lora_jax import errors
 from lora_jax import quant
+from lora_jax import struct
 from lora_jax import types
 from lora_jax.adapters import base
 

@@ -5,11 +5,11 @@ All parameters are traced: a study over them compiles nothing again.
 
 from __future__ import annotations
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 
 from lora_jax import errors
+from lora_jax import struct
 from lora_jax import types
 
 

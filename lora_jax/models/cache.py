@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from flax import struct
 import jax.numpy as jnp
 
+from lora_jax import struct
 from lora_jax import types
 from lora_jax.models import config as config_lib
 

@@ -18,13 +18,13 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
-from flax import struct
 import jax
 from jax import ad_checkpoint
 import jax.numpy as jnp
 
 from lora_jax import adapters as adapters_lib
 from lora_jax import mesh as mesh_lib
+from lora_jax import struct
 from lora_jax import trees
 from lora_jax import types
 from lora_jax.kernels import attention as attention_lib

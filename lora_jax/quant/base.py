@@ -14,7 +14,6 @@ import dataclasses
 import functools
 from typing import Any, ClassVar, Self
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -22,6 +21,7 @@ from jax.sharding import PartitionSpec
 
 from lora_jax import errors
 from lora_jax import mesh as mesh_lib
+from lora_jax import struct
 from lora_jax import types
 from lora_jax.kernels import decode as decode_lib
 from lora_jax.kernels import dequantise

@@ -11,12 +11,12 @@ from __future__ import annotations
 import functools
 from typing import TypeAlias
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import mesh as mesh_lib
+from lora_jax import struct
 from lora_jax import types
 from lora_jax.kernels import exact
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 
 from lora_jax import mesh as mesh_lib
+from lora_jax import struct
 from lora_jax import types
 from lora_jax.kernels import exact
 from lora_jax.quant import base

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import mesh as mesh_lib
+from lora_jax import struct
 from lora_jax.kernels import decode as decode_lib
 from lora_jax.kernels import exact
 from lora_jax.quant import base

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar, Self
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import struct
 from lora_jax.kernels import exact
 from lora_jax.quant import base
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from flax import struct
-
+from lora_jax import struct
 from lora_jax.quant import codebook
 
 

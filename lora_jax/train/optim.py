@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from lora_jax import errors
+from lora_jax import struct
 from lora_jax import types
 from lora_jax.adapters import base as base_lib
 

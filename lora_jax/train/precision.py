@@ -28,11 +28,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 
 from lora_jax import errors
+from lora_jax import struct
 from lora_jax import types
 
 COMPUTE = ("float32", "bfloat16", "float16")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -13,6 +12,7 @@ import optax
 
 from lora_jax import adapters
 from lora_jax import mesh as mesh_lib
+from lora_jax import struct
 from lora_jax import types
 from lora_jax.kernels import attention as attention_lib
 from lora_jax.models import config as config_lib

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 
 from lora_jax import adapters as adapters_lib
 from lora_jax import errors
+from lora_jax import struct
 from lora_jax import types
 from lora_jax.models import init
 from lora_jax.train import checkpoint
