@@ -7,6 +7,7 @@ from lora_jax.adapters.base import join
 from lora_jax.adapters.base import Noise
 from lora_jax.adapters.base import prepared
 from lora_jax.adapters.base import project
+from lora_jax.adapters.base import project_all
 from lora_jax.adapters.base import split
 from lora_jax.adapters.base import trainable_size
 from lora_jax.adapters.config import AdapterConfig

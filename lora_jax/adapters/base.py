@@ -15,12 +15,15 @@ Nothing is intercepted: every projection of a model is one call
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 from typing import Any, ClassVar
 import zlib
 
 import jax
+from jax import ad_checkpoint
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax import mesh as mesh_lib
 from lora_jax import quant
@@ -115,6 +118,16 @@ class Adapter:
   def merge(self, weight: types.Tree) -> types.Array:
     raise TypeError(f"{type(self).__name__} cannot be merged")
 
+  def factors(self) -> tuple[types.Array, types.Array] | None:
+    """(A `[i, r]`, B `[r, o]`) float32 of a method that adds x A B to x W, so
+    that the sum can be one product; None for others."""
+    return None
+
+  def finish(self, y: types.Array, weight: types.Tree) -> types.Array:
+    """What such a method makes of the sum, `[..., o]`."""
+    del weight
+    return y
+
   def prepared(self, weight: types.Tree) -> Adapter:
     """With whatever stays the same from token to token computed once."""
     del weight
@@ -202,6 +215,50 @@ def project(
   if adapter is None:
     return quant.matmul(x, weight)
   return adapter.apply(x, weight, noise)
+
+
+def project_all(
+    x: types.Array,
+    weights: Sequence[types.Tree],
+    adapters: Sequence[Adapter | None],
+    noise: Sequence[Noise | None],
+    join: bool = False,
+    name: str | None = None,
+) -> list[types.Array]:
+  """`project` for projections that read the same x.
+
+  Args:
+    x: `[..., i]`.
+    weights, adapters, noise: of each projection.
+    join: whether the products of all whose method has `factors` may be one:
+      they then share one copy of x, and one of their gradients, and low-rank
+      products cost next to nothing.
+    name: by which `jax.checkpoint` policies know the products.
+
+  Returns:
+    A `[..., o]` for each.
+  """
+  found: dict[int, types.Array] = {}
+  factors = [a.factors() if join and a is not None and n is None else None
+             for a, n in zip(adapters, noise, strict=True)]
+  chosen = [k for k, f in enumerate(factors) if f is not None]
+  if chosen:
+    low, high = zip(*[factors[k] for k in chosen], strict=True)
+    cuts = np.cumsum([b.shape[1] for b in high])
+    y = quant.joint_matmul(
+        x, [weights[k] for k in chosen], jnp.concatenate(low, axis=1),
+        jax.scipy.linalg.block_diag(*high))
+    y = _named(y, name)
+    for k, part in zip(chosen, jnp.split(y, cuts[:-1], axis=-1), strict=True):
+      found[k] = adapters[k].finish(part, weights[k])
+  for k, one in enumerate(zip(weights, adapters, noise, strict=True)):
+    if k not in found:
+      found[k] = _named(project(x, *one), name)
+  return [found[k] for k in range(len(weights))]
+
+
+def _named(y: types.Array, name: str | None) -> types.Array:
+  return y if name is None else ad_checkpoint.checkpoint_name(y, name)
 
 
 def split(adapters: types.Tree) -> tuple[types.Tree, types.Tree]:

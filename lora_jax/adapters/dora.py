@@ -66,6 +66,9 @@ class DoRA(lora.LoRA):
     inner = quant.matmul(dropped, weight)
     return y + (gain - 1) * inner + gain * self.down_up(dropped)
 
+  def finish(self, y, weight):
+    return self.gain(weight).astype(y.dtype) * y
+
   def lookup(self, tokens, table):
     gain = self.gain(table)
     return gain * super().lookup(tokens, table)

@@ -57,6 +57,9 @@ class LoRA(base.Adapter):
     h = x @ self.a.astype(x.dtype)
     return (h * self.scale.astype(x.dtype)) @ self.b.astype(x.dtype)
 
+  def factors(self):
+    return self.a, self.scale * self.b
+
   def apply(self, x, weight, noise=None):
     y = quant.matmul(x, weight)
     if noise is not None:

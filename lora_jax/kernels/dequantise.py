@@ -42,16 +42,22 @@ _ANY = "any"
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-  """What is static of a call: `names` of the statistics, in order."""
+  """What is static of a call: `names` of the statistics, in order.
+
+  Its operands are the codes, the statistics and, if `below`, more rows.
+  """
 
   form: plain.Format
   names: tuple[str, ...]
   dtype: jnp.dtype
   interpret: Any = False
+  below: bool = False
 
-  def plain(self, codes: jax.Array, *statistics: jax.Array) -> jax.Array:
-    named = dict(zip(self.names, statistics, strict=True))
-    return plain.dequantise(codes, named, self.form, self.dtype)
+  def plain(self, codes: jax.Array, *rest: jax.Array) -> jax.Array:
+    named = dict(zip(self.names, rest))
+    values = plain.dequantise(codes, named, self.form, self.dtype)
+    return (jnp.concatenate([values, rest[-1]], axis=-2) if self.below
+            else values)
 
   def applies(self, backend: str, codes: jax.Array) -> bool:
     """Whether the kernel `backend` takes codes of this shape."""
@@ -64,18 +70,23 @@ class _Call:
         rows, columns, min(form.block_size, rows), self.dtype)
 
   def kernel(
-      self, backend: str, codes: jax.Array, *statistics: jax.Array
+      self, backend: str, codes: jax.Array, *rest: jax.Array
   ) -> jax.Array:
     """`[..., i, o]` by a kernel, or plain where a shard does not fit it."""
     if not self.applies(backend, codes):
-      return self.plain(codes, *statistics)
+      return self.plain(codes, *rest)
     *lead, byte_rows, columns = codes.shape
-    flat = [x.reshape(-1, *x.shape[-2:]) for x in (codes, *statistics)]
+    flat = [x.reshape(-1, *x.shape[-2:]) for x in (codes, *rest)]
+    more = flat.pop() if self.below else None
     values = KERNELS[backend].dequantise(
         *flat, levels=self.form.levels,
         block_size=min(self.form.block_size, 2 * byte_rows),
-        dtype=self.dtype, interpret=self.interpret)
-    return values.reshape(*lead, 2 * byte_rows, columns)
+        dtype=self.dtype, below=0 if more is None else more.shape[-2],
+        interpret=self.interpret)
+    if more is not None:  # In place: the kernel left these rows alone.
+      values = jax.lax.dynamic_update_slice_in_dim(
+          values, more, 2 * byte_rows, axis=-2)
+    return values.reshape(*lead, -1, columns)
 
 
 def _not_hopper() -> bool:
@@ -95,7 +106,8 @@ def _compiled(call: _Call, platforms: tuple[tuple[str, str], ...]) -> Any:
     if platform == "tpu":
       return partition.local(run, call.plain)
     rows = codes.shape[-2] * call.form.codes_per_byte
-    return partition.partitioned(run, min(call.form.block_size, rows))
+    return partition.partitioned(
+        run, min(call.form.block_size, rows), call.below)
 
   def choose(codes, *statistics):
     kernels = {platform: placed(platform, backend, codes)
@@ -135,6 +147,7 @@ def dequantise(
     form: plain.Format,
     dtype: Any = jnp.float32,
     *,
+    below: jax.Array | None = None,
     backend: str | None = None,
     interpret: Any = False,
 ) -> jax.Array:
@@ -145,6 +158,7 @@ def dequantise(
     statistics: `[..., q, o]` by name.
     form: how they become numbers.
     dtype: of the result.
+    below: `[..., n, o]` in `dtype`, more rows to put into the same buffer.
     backend: `"xla"` or a key of `KERNELS`; by default what `DEFAULTS` has for
       the platform, or plain XLA where that kernel does not apply.
     interpret: True to run the TPU kernel without a TPU. (The interpreter of
@@ -153,6 +167,7 @@ def dequantise(
 
   Returns:
     float32 arithmetic with one rounding to `dtype`; see `plain.dequantise`.
+    `[..., i + n, o]` with `below`.
 
   Raises:
     errors.UsageError: if `backend` is unknown.
@@ -161,8 +176,11 @@ def dequantise(
   codes = jnp.asarray(codes)
   # A transformation may have sorted the names.
   names = tuple(sorted(statistics, key=lambda name: (name != "scales", name)))
-  call = _Call(form, names, jnp.dtype(dtype), interpret)
+  call = _Call(
+      form, names, jnp.dtype(dtype), interpret, below is not None)
   arrays = [statistics[name] for name in names]
+  if below is not None:
+    arrays.append(below)
   what = f"{list(codes.shape)} codes in blocks of {form.block_size}"
   platforms: tuple[tuple[str, str], ...] = ()
   if backend is None:

@@ -60,6 +60,7 @@ def dequantise(
     levels: decode.Levels,
     block_size: int,
     dtype: Any,
+    below: int = 0,
     interpret: Any = False,
 ) -> jax.Array:
   """The weights `[l, i, o]` in `dtype`.
@@ -70,6 +71,7 @@ def dequantise(
     levels: what a code stands for, before it is scaled.
     block_size: rows of a block.
     dtype: of the result.
+    below: rows that the result has more, which are not written.
     interpret: `plgpu.InterpretGPUParams()` to run without a GPU.
 
   Returns:
@@ -123,7 +125,8 @@ def dequantise(
 
   return plgpu.kernel(
       dequantise_kernel,
-      out_type=jax.ShapeDtypeStruct((layers, 2 * byte_rows, columns), dtype),
+      out_type=jax.ShapeDtypeStruct(
+          (layers, 2 * byte_rows + below, columns), dtype),
       grid=(layers, byte_rows // some, pl.cdiv(columns, COLUMNS)),
       grid_names=("layer", "rows", "columns"),
       scratch_types=[

@@ -61,6 +61,7 @@ def dequantise(
     levels: decode.Levels,
     block_size: int,
     dtype: Any,
+    below: int = 0,
     interpret: Any = False,
 ) -> jax.Array:
   """The weights `[l, i, o]` in `dtype`.
@@ -71,6 +72,7 @@ def dequantise(
     levels: what a code stands for, before it is scaled.
     block_size: rows of a block.
     dtype: of the result.
+    below: rows that the result has more, which are not written.
     interpret: `True` or `pltpu.InterpretParams()` to run without a TPU.
 
   Returns:
@@ -90,7 +92,7 @@ def dequantise(
   return pl.pallas_call(
       functools.partial(_kernel, half=half, levels=levels),
       out_shape=jax.ShapeDtypeStruct(
-          (layers, blocks * block_size, columns), dtype),
+          (layers, blocks * block_size + below, columns), dtype),
       grid=grid,
       in_specs=[tile(some * half), *[tile(some) for _ in statistics]],
       out_specs=tile(some * block_size),

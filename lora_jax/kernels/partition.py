@@ -26,31 +26,38 @@ from jax.sharding import PartitionSpec
 
 
 def rule(
-    shape: tuple[int, ...], statistics: int, block_size: int
+    shape: tuple[int, ...], statistics: int, block_size: int,
+    below: bool = False
 ) -> cp.SdyShardingRule:
   """How Shardy's propagation reads the kernel.
 
   Rows are blocks times rows of a block, and only the blocks are one axis in
-  bytes, statistics and weight. With a tail there is no such axis.
+  bytes, statistics and weight. With a tail, or rows below the last block,
+  there is no such axis.
 
   Args:
     shape: of the codes, `[..., i / 2, o]`.
     statistics: how many arrays `[..., q, o]` there are.
     block_size: rows of a block.
+    below: whether a last operand `[..., n, o]` is put below the weight.
   """
   half = block_size // 2
   lead = tuple(f"l{n}" for n in range(len(shape) - 2))
   byte: Any = "b"
   row: Any = "i"
-  if shape[-2] % half:
-    options: dict[str, Any] = {"need_replication_factors": ("b", "q", "i")}
+  if below:
+    options: dict[str, Any] = {
+        "need_replication_factors": ("b", "q", "n", "i")}
+  elif shape[-2] % half:
+    options = {"need_replication_factors": ("b", "q", "i")}
   else:
     byte, row = cp.CompoundFactor("q", "b"), cp.CompoundFactor("q", "i")
     options = {"b": half, "i": block_size,
                "need_replication_factors": ("b", "i")}
   return cp.SdyShardingRule(
       (cp.ArrayMapping(*lead, byte, "o"),
-       *[cp.ArrayMapping(*lead, "q", "o")] * statistics),
+       *[cp.ArrayMapping(*lead, "q", "o")] * statistics,
+       *[cp.ArrayMapping(*lead, "n", "o")] * below),
       (cp.ArrayMapping(*lead, row, "o"),), **options)
 
 
@@ -64,6 +71,7 @@ def allowed(
     spec: PartitionSpec,
     shape: tuple[int, ...],
     block_size: int,
+    below: bool = False,
 ) -> PartitionSpec:
   """`spec` of a weight of `shape`, less the cuts that a kernel cannot take.
 
@@ -72,20 +80,22 @@ def allowed(
   """
   axes = [*spec, *[None] * (len(shape) - len(spec))]
   units = list(shape)
-  units[-2] = shape[-2] // block_size if shape[-2] % block_size == 0 else 1
+  whole = shape[-2] % block_size == 0 and not below
+  units[-2] = shape[-2] // block_size if whole else 1
   return PartitionSpec(*[
       axis if unit % _shards(mesh, axis) == 0 else None
       for axis, unit in zip(axes, units, strict=True)])
 
 
 def partitioned(
-    run: Callable[..., jax.Array], block_size: int
+    run: Callable[..., jax.Array], block_size: int, below: bool = False
 ) -> Callable[..., jax.Array]:
   """`run(codes [..., i / 2, o], *statistics [..., q, o])`, cut like its result.
 
   Args:
     run: what computes the weight `[..., i, o]` of a whole or a local shard.
     block_size: rows of a block.
+    below: whether there is a last operand `[..., n, o]`, more rows of it.
 
   Returns:
     The same function of global arrays.
@@ -93,13 +103,15 @@ def partitioned(
 
   def partition(mesh, arg_shapes, result_shape):
     spec = allowed(
-        mesh, result_shape.sharding.spec, result_shape.shape, block_size)
+        mesh, result_shape.sharding.spec, result_shape.shape, block_size,
+        below)
     cut = NamedSharding(mesh, spec)
     return mesh, run, cut, (cut,) * len(arg_shapes)
 
   def sharding_rule(mesh, operands, results):
     del mesh, results
-    return rule(tuple(operands[0].shape), len(operands) - 1, block_size)
+    statistics = len(operands) - 1 - below
+    return rule(tuple(operands[0].shape), statistics, block_size, below)
 
   def whole(*args):
     return run(*args)

@@ -85,6 +85,7 @@ class Context:
     local: cos and sin of the layers with a window, or None if they are the
       same.
     attention: static; what computes attention, and the layout of the rows.
+    join: static; see `adapters.project_all`.
   """
 
   cos: types.Array
@@ -97,6 +98,7 @@ class Context:
   local: tuple[types.Array, types.Array] | None = None
   attention: attention_lib.Options = struct.field(
       pytree_node=False, default=attention_lib.Options())
+  join: bool = struct.field(pytree_node=False, default=False)
 
 
 def layer(
@@ -126,16 +128,19 @@ def layer(
   """
   b, t, _ = hidden.shape
 
-  def project(x, name):
-    draw = None if noise is None else noise.for_target(name)
-    return _linear(x, weights[name], adapters.get(name), draw)
+  def project(x, *names, save=None):
+    return _linears(
+        x, [weights[name] for name in names],
+        [adapters.get(name) for name in names],
+        [None if noise is None else noise.for_target(name) for name in names],
+        context.join, save)
 
   def norm(x, name):
     return layers_lib.rms_norm(
         x, weights[name], config.norm_eps, config.norm_offset)
 
-  def heads(x, name, norm_name):
-    y = project(x, name).reshape(b, t, -1, config.head_dim)
+  def heads(y, norm_name):
+    y = y.reshape(b, t, -1, config.head_dim)
     return norm(y, norm_name) if config.qk_norm and norm_name else y
 
   cos, sin = context.cos, context.sin
@@ -144,9 +149,10 @@ def layer(
     cos, sin = (jnp.where(local, near, far) for near, far in zip(
         context.local, (cos, sin), strict=True))
   x = norm(hidden, "input_layernorm")
-  q = rope.rotate(heads(x, "q_proj", "q_norm"), cos, sin)
-  k = rope.rotate(heads(x, "k_proj", "k_norm"), cos, sin)
-  v = heads(x, "v_proj", None)
+  q, k, v = project(x, "q_proj", "k_proj", "v_proj")
+  q = rope.rotate(heads(q, "q_norm"), cos, sin)
+  k = rope.rotate(heads(k, "k_norm"), cos, sin)
+  v = heads(v, None)
   q, k, v = _name(q, "q"), _name(k, "k"), _name(v, "v")
   if cached is not None and context.slots is not None:
     cached = cache_lib.write(cached, (k, v), context.slots)
@@ -156,16 +162,15 @@ def layer(
       context.q_segments, context.kv_segments, window,
       options=context.attention, scale=config.attn_scale,
       softcap=config.attn_softcap)
-  o = project(_name(o.reshape(b, t, -1), "o"), "o_proj")
+  o, = project(_name(o.reshape(b, t, -1), "o"), "o_proj")
   if config.post_norms:
     o = norm(_name(o, "o_out"), "post_attention_layernorm")
   mid = _name(hidden + o, "mid")
   x = norm(mid, "pre_feedforward_layernorm" if config.post_norms
            else "post_attention_layernorm")
-  gate = _name(project(x, "gate_proj"), "gate")
-  up = _name(project(x, "up_proj"), "up")
+  gate, up = project(x, "gate_proj", "up_proj", save="gate_up")
   activate = layers_lib.ACTIVATIONS[config.activation]
-  out = project(activate(gate) * up, "down_proj")
+  out, = project(activate(gate) * up, "down_proj")
   if config.post_norms:
     out = norm(_name(out, "down_out"), "post_feedforward_layernorm")
   return mid + out, cached
@@ -229,7 +234,8 @@ def forward(
       kv_positions=kv_positions, kv_segments=kv_segments, slots=slots,
       local=turns(local) if local else None,
       attention=dataclasses.replace(
-          attention, windows=tuple(sorted(set(windows or ())))))
+          attention, windows=tuple(sorted(set(windows or ())))),
+      join=_joins(dtype, mesh, cache))
 
   def body(hidden, xs):
     index, weights, layer_adapters, window, cached = xs
@@ -286,7 +292,8 @@ def unembed(
   if config.tie_embeddings:
     head = Linear(weight=base.embed_tokens.T)
   draw = None if noise is None else noise.for_target("lm_head")
-  logits = _linear(hidden, head, adapters.outer.get("lm_head"), draw)
+  logits, = _linears(
+      hidden, [head], [adapters.outer.get("lm_head")], [draw])
   embedding = adapters.outer.get("embed_tokens")
   if config.tie_embeddings and embedding is not None:
     logits = embedding.tied_logits(hidden, logits)
@@ -323,6 +330,18 @@ def _embed(base, adapters, tokens, dtype):
   return jnp.take(base.embed_tokens, tokens, axis=0).astype(dtype)
 
 
-def _linear(x, linear, adapter, noise):
-  y = adapters_lib.project(x, linear.weight, adapter, noise)
-  return y if linear.bias is None else y + linear.bias.astype(y.dtype)
+def _joins(dtype, mesh, cache) -> bool:
+  """Whether products of the same x are to be one.
+
+  It saves passes over activations; decoding has few of them. Columns that are
+  cut over devices would have to move to stand side by side.
+  """
+  return (jnp.dtype(dtype).itemsize == 2 and cache is None
+          and (mesh is None or mesh.shape["tensor"] == 1))
+
+
+def _linears(x, linears, adapters, noise, join=False, save=None):
+  found = adapters_lib.project_all(
+      x, [one.weight for one in linears], adapters, noise, join, save)
+  return [y if one.bias is None else y + one.bias.astype(y.dtype)
+          for y, one in zip(found, linears, strict=True)]

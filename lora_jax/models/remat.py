@@ -16,9 +16,10 @@ from typing import Any
 import jax
 
 # q, k (after RoPE), v, o: attention output; mid: residual stream after
-# attention; gate, up: MLP pre-activations; o_out, down_out: outputs of o_proj
-# and down_proj, where a norm reads them.
-NAMES = ("q", "k", "v", "o", "mid", "gate", "up", "o_out", "down_out")
+# attention; gate_up: MLP pre-activations; o_out, down_out: outputs of o_proj
+# and down_proj, where a norm reads them; low: x A of joined products.
+NAMES = ("q", "k", "v", "o", "mid", "gate_up", "o_out", "down_out",
+         "low")
 
 
 def _all_but_gathered(primitive, *unused, **parameters) -> bool:

@@ -11,6 +11,7 @@ A new format is one file with a subclass of `QuantizedArray` and one row of
 from lora_jax.quant.base import QuantizedArray
 from lora_jax.quant.base import QuantSpec
 from lora_jax.quant.base import WHOLE
+from lora_jax.quant.joint import matmul as joint_matmul
 from lora_jax.quant.linear import matmul
 from lora_jax.quant.registry import bits_per_parameter
 from lora_jax.quant.registry import check
@@ -27,6 +28,7 @@ __all__ = [
     "bits_per_parameter",
     "check",
     "dequantize",
+    "joint_matmul",
     "matmul",
     "quantize",
     "spec_of",

@@ -10,6 +10,7 @@ and a layer can be sharded along either axis.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any, ClassVar, Self
@@ -159,11 +160,36 @@ class QuantizedArray:
         found[field.name] = value[..., start:stop]
     return dataclasses.replace(self, **found)
 
-  def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
+  @property
+  def joinable(self) -> bool:
+    """Whether `joined` knows how to put columns of others beside these."""
+    return self.home is None
+
+  @classmethod
+  def joined(cls, parts: Sequence[Self]) -> Self:
+    """The columns of several side by side; what is nested is unnested."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+      if field.metadata.get("axes", ())[-1:] == ("out",):
+        found[field.name] = jnp.concatenate(
+            [double.unnest(getattr(p, field.name)) for p in parts], axis=-1)
+    return dataclasses.replace(parts[0], **found)
+
+  def dequantize(
+      self, dtype: Any = jnp.float32, below: types.Array | None = None
+  ) -> jax.Array:
     """The weight `[i, o]`, after the leading axes if there are any.
 
     Computed in float32 and rounded once to `dtype`; equal to numpy's
     multiply-then-add bit for bit, inside jit and scan as well.
+
+    Args:
+      dtype: of the result.
+      below: `[n, o]` in `dtype`, more rows to put into the same buffer, of a
+        weight that is `joinable`.
+
+    Returns:
+      `[i, o]`, or `[i + n, o]`.
     """
     if self.ndim > 2:
       return jax.vmap(lambda w: w.dequantize(dtype))(self)
@@ -176,7 +202,8 @@ class QuantizedArray:
       run = jax.shard_map(
           run, mesh=mesh, in_specs=(spec, spec), out_specs=spec,
           check_vma=False)
-    return run(self.codes, self.statistics())
+      return run(self.codes, self.statistics())
+    return run(self.codes, self.statistics(), below=below)
 
   def matmul(self, x: jax.Array) -> jax.Array:
     """`x [..., i] @ w` in `x`'s dtype -> `[..., o]`."""

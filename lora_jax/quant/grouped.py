@@ -53,8 +53,12 @@ class Grouped(base.QuantizedArray):
     return {"scales": double.unnest(self.scales),
             "zeros": jnp.asarray(self.zeros)}
 
-  def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
-    values = super().dequantize(dtype)
+  @property
+  def joinable(self) -> bool:
+    return self.rows is None and super().joinable
+
+  def dequantize(self, dtype: Any = jnp.float32, below=None) -> jax.Array:
+    values = super().dequantize(dtype, below)
     if self.ndim > 2 or self.rows is None:  # Each layer has been reordered.
       return values
     return values.at[jnp.asarray(self.rows)].get(mode="promise_in_bounds")
