@@ -162,7 +162,7 @@ def layer(
       context.q_segments, context.kv_segments, window,
       options=context.attention, scale=config.attn_scale,
       softcap=config.attn_softcap)
-  o, = project(_name(o.reshape(b, t, -1), "o"), "o_proj")
+  o, = project(o.reshape(b, t, -1), "o_proj")
   if config.post_norms:
     o = norm(_name(o, "o_out"), "post_attention_layernorm")
   mid = _name(hidden + o, "mid")

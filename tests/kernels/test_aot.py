@@ -168,5 +168,6 @@ def train_step(place, shape):
     ("v5e:2x2", (1, 1)), ("v5e:2x2", (2, 2)), ("h100", (1, 1))])
 def test_a_training_step_compiles(place, shape):
   device, text = train_step(place, shape)
-  # Seven projections, in the forward and in the backward scan.
-  assert calls(text, device) >= 14
+  # In the forward and in the backward scan: seven projections, or what is left
+  # of them where those of the same input are one product.
+  assert calls(text, device) >= (8 if shape == (1, 1) else 14)

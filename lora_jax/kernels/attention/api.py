@@ -76,7 +76,10 @@ def attention(
   call = base.Call(
       q, k, v, q_positions, kv_positions, q_segments, kv_segments, window,
       scale, softcap, options)
-  return chosen(call).run(call)
+  module = chosen(call)
+  out = module.run(call)
+  # tokamax names more than its output, and by itself.
+  return out if module is tokamax else base.named(out)
 
 
 def chosen(call: base.Call) -> Any:

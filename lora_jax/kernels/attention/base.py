@@ -16,6 +16,7 @@ import functools
 from typing import Any
 
 import jax
+from jax import ad_checkpoint
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -172,6 +173,12 @@ def placed(
     return x
   return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(
       mesh, mesh_lib.spec(mesh, x.shape, logical)))
+
+
+def named(tree: types.Tree) -> types.Tree:
+  """Output and softmax sums under the name that `models.remat` keeps."""
+  return jax.tree.map(
+      lambda x: ad_checkpoint.checkpoint_name(x, "o"), tree)
 
 
 def starts(segments: types.Array) -> types.Array:

@@ -12,11 +12,14 @@ plain path and serves to test this one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import functools
 import importlib.util
 import logging
 import sys
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lora_jax import types
@@ -92,13 +95,48 @@ def attend(call: base.Call, name: str) -> types.Array:
   _hush()
   op = api.IMPLEMENTATIONS[name]
 
-  def kernel(q, k, v, first=None):
+  def options(first):
     seen = tokamax_base.Mask(
         k_start=None if first is None else first[:, None], is_causal=True)
-    options = {} if call.scale is None else {"logits_scale": call.scale}
-    return op(q, k, v, mask=seen, logits_soft_cap=call.softcap, **options)
+    scale = {} if call.scale is None else {"logits_scale": call.scale}
+    return {"mask": seen, "logits_soft_cap": call.softcap} | scale
+
+  def kernel(q, k, v, first=None):
+    if op.vjp is None:
+      return base.named(op(q, k, v, **options(first)))
+    return _kept(op, options)(q, k, v, first)
 
   first = first_keys(call)
   rows = () if first is None else (first,)
   return base.sharded(
       call.options.mesh, kernel, call.q, *call.aligned(), *rows)
+
+
+def _kept(op: Any, options: Callable[..., dict[str, Any]]) -> Callable:
+  """The op, with what its backward pass reads known to `jax.checkpoint`.
+
+  By itself it runs the forward kernel again in the backward pass, for the
+  sums of the softmax, `[b, h, t]`, whatever a policy keeps.
+  """
+
+  @jax.custom_vjp
+  def run(q, k, v, first):
+    return base.named(op(q, k, v, **options(first)))
+
+  def forward(q, k, v, first):
+    out, sums = op(q, k, v, return_residuals=True, **options(first))
+    out, sums = base.named((out, sums))
+    return out, (q, k, v, first, out, sums)
+
+  def backward(kept, g):
+    q, k, v, first, out, sums = kept
+    bound = op.bind(q, k, v, **options(first))
+    rest = {name: value for name, value in bound.kwargs.items()
+            if name != "return_residuals"}
+    grads = op.vjp(sums, out, g, *bound.args, **rest)
+    # The op gives (gradients, None) or gradients, by argument.
+    grads = grads[0] if isinstance(grads, tuple) else grads
+    return grads["q"], grads["k"], grads["v"], None
+
+  run.defvjp(forward, backward)
+  return run
