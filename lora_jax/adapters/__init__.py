@@ -16,6 +16,6 @@ from lora_jax.adapters.registry import METHODS
 
 __all__ = [
     "METHODS", "Adapter", "AdapterConfig", "Adapters", "Noise", "build",
-    "join", "prepared", "project", "split", "starts",
-    "trainable_size",
+    "join", "prepared", "project", "project_all", "split",
+    "starts", "trainable_size",
 ]
