@@ -26,6 +26,7 @@ from jax import custom_batching
 import jax.numpy as jnp
 
 from lora_jax import errors
+from lora_jax.kernels import direct_gpu
 from lora_jax.kernels import mosaic_gpu
 from lora_jax.kernels import mosaic_tpu
 from lora_jax.kernels import partition
@@ -34,9 +35,11 @@ from lora_jax.kernels import plain
 _log = logging.getLogger(__name__)
 
 KERNELS: dict[str, Any] = {
-    "mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}
-# Lowering platform -> the kernel it gets wherever that applies.
-DEFAULTS = {"tpu": "mosaic_tpu", "cuda": "mosaic_gpu"}
+    "mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu,
+    "direct_gpu": direct_gpu}
+# Lowering platform -> the kernels it may get: the first that applies.
+DEFAULTS: dict[str, tuple[str, ...]] = {
+    "tpu": ("mosaic_tpu",), "cuda": ("mosaic_gpu",)}
 _ANY = "any"
 
 
@@ -147,8 +150,8 @@ def dequantise(
     dtype: of the result.
     backend: `"xla"` or a key of `KERNELS`; by default what `DEFAULTS` has for
       the platform, or plain XLA where that kernel does not apply.
-    interpret: True to run the TPU kernel without a TPU. (The interpreter of
-      GPU kernels has effects, which nothing here may have: call
+    interpret: True to run a kernel without its device. (Not `mosaic_gpu`,
+      whose interpreter has effects, which nothing here may have: call
       `mosaic_gpu.dequantise` by itself.)
 
   Returns:
@@ -166,9 +169,12 @@ def dequantise(
   what = f"{list(codes.shape)} codes in blocks of {form.block_size}"
   platforms: tuple[tuple[str, str], ...] = ()
   if backend is None:
-    platforms = tuple((platform, name) for platform, name in DEFAULTS.items()
-                      if call.applies(name, codes)
-                      and not (platform == "cuda" and _not_hopper()))
+    fitting = [
+        (platform, [name for name in names if call.applies(name, codes)])
+        for platform, names in DEFAULTS.items()
+        if not (platform == "cuda" and _not_hopper())]
+    platforms = tuple((platform, found[0]) for platform, found in fitting
+                      if found)
     if len(platforms) < len(DEFAULTS):
       _log.debug("%s as %s: kernels on %s only", what, call.dtype,
                  [p for p, _ in platforms])

@@ -134,7 +134,8 @@ def _shuffle(value, lane, clamp, mask):
   assert mask == ALL and clamp & 31 == 31
   segment = clamp >> 8
   own = np.arange(LANES)
-  source = own & segment | lane.reshape(-1, LANES).astype(np.int64) & 31 & ~segment
+  asked = lane.reshape(-1, LANES).astype(np.int64) & 31
+  source = own & segment | asked & ~segment
   return np.take_along_axis(
       value.reshape(-1, LANES), source, axis=1).reshape(-1)
 
@@ -188,12 +189,19 @@ _MEANING: dict[str, Callable[..., Any]] = {
 }
 
 
+def grid(blocks: int, threads: int) -> dict[str, np.ndarray]:
+  """The special registers of all threads of a one-dimensional grid."""
+  number = np.arange(blocks * threads, dtype=np.uint32)
+  return {"%ctaid.x": number // np.uint32(threads),
+          "%tid.x": number % np.uint32(threads),
+          "%laneid": number % np.uint32(LANES)}
+
+
 def interpret(
     program: Program,
     arrays: Sequence[np.ndarray],
     out: np.ndarray,
-    blocks: int,
-    threads: int,
+    special: dict[str, np.ndarray],
 ) -> np.ndarray:
   """What the program's threads, all at once, leave in `out`.
 
@@ -201,8 +209,7 @@ def interpret(
     program: whose operands are `arrays` and then `out`.
     arrays: what it reads, contiguous.
     out: what it writes, contiguous; changed in place.
-    blocks: of the grid, which is one-dimensional.
-    threads: of a block.
+    special: what the special registers hold, by thread; see `grid`.
 
   Returns:
     `out`.
@@ -211,11 +218,8 @@ def interpret(
     AssertionError: if an access is not aligned to its width.
     IndexError: if one lies past an array's end.
   """
-  number = np.arange(blocks * threads, dtype=np.uint32)
-  state: dict[str, Any] = {
-      "%ctaid.x": number // np.uint32(threads),
-      "%tid.x": number % np.uint32(threads),
-      "%laneid": number % np.uint32(LANES)}
+  state: dict[str, Any] = dict(special)
+  shape = special["%tid.x"].shape
   memory = [np.ascontiguousarray(x).reshape(-1).view(np.uint8)
             for x in (*arrays, out)]
 
@@ -230,14 +234,14 @@ def interpret(
 
   for op, results, args in program.code:
     if op == "cvta.to.global.u64":
-      state[results[0]] = int(args[0][1:]), np.zeros(len(number), np.int64)
+      state[results[0]] = int(args[0][1:]), np.zeros(shape, np.int64)
     elif op == "mad.wide.u32":
       which, where = state[args[2]]
       step = value(args[0]).astype(np.int64) * args[1]
       state[results[0]] = which, where + step
     elif op.startswith("mov."):
       state[results[0]] = np.broadcast_to(
-          np.asarray(value(args[0]), np.uint32), number.shape)
+          np.asarray(value(args[0]), np.uint32), shape)
     elif op.startswith("ld."):
       words, where = places(*args[:2], len(results))
       for k, register in enumerate(results):
@@ -249,5 +253,5 @@ def interpret(
     else:
       with np.errstate(all="ignore"):
         found = _MEANING[op](*map(value, args))
-      state[results[0]] = np.broadcast_to(found, number.shape)
+      state[results[0]] = np.broadcast_to(found, shape)
   return out
