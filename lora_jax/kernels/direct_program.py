@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -18,7 +19,7 @@ from lora_jax.kernels import ptx
 from lora_jax.kernels import ptx_levels
 
 WARPGROUP = 128
-RESIDENT = 132 * 1024  # Threads of an H100, with 64 registers each.
+RESIDENT = 132 * 384  # Threads of an H100, with 168 registers each.
 CONVERSIONS = {jnp.dtype(jnp.bfloat16): "cvt.rn.bf16x2.f32",
                jnp.dtype(jnp.float16): "cvt.rn.f16x2.f32"}
 
@@ -36,7 +37,7 @@ class Variant:
     ahead: byte rows that are loaded before the first is decoded; 0 is all.
     steps: tiles that a thread takes in turn, a grid apart, the next one's
       loads issued before this one is decoded; 0 is as many as make all blocks
-      of threads resident at once, but not more than 16.
+      of threads resident at once.
     load: cache operators of loads of codes, e.g. `".L1::no_allocate"`.
     store: the same of stores of weights, e.g. `".cs"`.
   """
@@ -77,7 +78,7 @@ class Shape:
     """Blocks of threads, and the tiles of each thread."""
     size = WARPGROUP * variant.warpgroups
     blocks = -(-self.tiles(variant) // size)
-    steps = variant.steps or min(16, -(-blocks * size // RESIDENT))
+    steps = variant.steps or -(-blocks * size // RESIDENT)
     return -(-blocks // steps), steps
 
 
@@ -178,10 +179,19 @@ class _Tile:
           self.p, self.source, n * self.shape.columns,
           self.variant.columns // 4, self.variant.load))
 
+  def adopt(self, other: _Tile) -> None:
+    """Takes over where the other lies, and what was loaded of it."""
+    mine, its = (
+        [t.source, t.target, *itertools.chain(*t.rows, *t.statistics)]
+        for t in (self, other))
+    for to, source in zip(mine, its, strict=True):
+      self.p.move(to, source)
+
   def decode(self, level: ptx_levels.Lookup, least: str) -> None:
     p, shape = self.p, self.shape
     convert, pitch = CONVERSIONS[shape.dtype], 2 * shape.columns
-    scales, minimums = (*self.statistics, None)[:2]
+    scales, minimums = self.statistics[0], self.statistics[1:]
+    asked = len(self.rows)
     for r in range(byte_rows(self.variant, shape.half)):
       self.fetch()
       for k in range(2):
@@ -191,13 +201,14 @@ class _Tile:
           value = p.do("mul.rn.f32", value, scales[c])
           if minimums:
             value = p.do("max.NaN.f32", value, least)
-            value = p.do("add.rn.f32", value, minimums[c])
+            value = p.do("add.rn.f32", value, minimums[0][c])
           values.append(value)
         pairs = [p.do(convert, high, low) for low, high in zip(
             values[::2], values[1::2], strict=True)]
         for n in range(0, len(pairs), 4):
           p.store(self.target, pairs[n : n + 4],
                   (r + k * shape.half) * pitch + 4 * n, self.variant.store)
+    del self.rows[asked:]
 
 
 @functools.cache
@@ -219,18 +230,20 @@ def program(
   thread = p.do("mad.lo.u32", p.do("mov.u32", "%ctaid.x"), size,
                 p.do("mov.u32", "%tid.x"))
 
-  def tile(n):
-    number = p.do("add.u32", thread, n * blocks * size) if n else thread
+  def tile(number):
     # Past the end the last tile is done again: all lanes must shuffle.
     number = p.do("min.u32", number, shape.tiles(variant) - 1)
     return _Tile(p, shape, variant, operands, number)
 
-  following = tile(0)
   level = ptx_levels.lookup(variant.decode, levels)(p, levels)
   least = p.constant(-3e38) if shape.minimums else ""
-  for n in range(steps):
-    current = following
-    if n + 1 < steps:
-      following = tile(n + 1)
-    current.decode(level, least)
+  current = tile(thread)
+  if steps > 1:
+    with p.loop(steps - 1):
+      thread_next = p.do("add.u32", thread, blocks * size)
+      p.move(thread, thread_next)
+      following = tile(thread)
+      current.decode(level, least)
+      current.adopt(following)
+  current.decode(level, least)
   return p

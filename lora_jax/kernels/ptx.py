@@ -1,6 +1,7 @@
-"""Straight-line PTX programs: built, printed for a GPU, and run by numpy.
+"""Small PTX programs: built, printed for a GPU, and run by numpy.
 
-A program is what one thread does, without branches. It is kept as a list of
+A program is what one thread does, without branches but for loops that all
+threads go through equally often. It is kept as a list of
 instructions, so that the text that a GPU runs and what `interpret` computes
 for all threads at once are the same program. Only the instructions that the
 kernels use are known; their meaning is that of NVIDIA's "PTX ISA" manual.
@@ -8,7 +9,8 @@ kernels use are known; their meaning is that of NVIDIA's "PTX ISA" manual.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import struct
 from typing import Any, NamedTuple
 
@@ -61,6 +63,20 @@ class Program:
     """A register that holds a float."""
     return self.do("mov.b32", bits(value))
 
+  @contextlib.contextmanager
+  def loop(self, count: int) -> Iterator[str]:
+    """What is appended inside is done `count` times; gives the counter."""
+    counter = self.do("mov.b32", 0)
+    start = len(self.code)
+    yield counter
+    again = self._new("q")
+    self.code.append(Instruction("loop", (counter, again), (count, start)))
+
+  def move(self, to: str, source: str) -> None:
+    """Gives a register another value: what a loop carries on."""
+    size = "mov.b64" if to.startswith("a") else "mov.b32"
+    self.code.append(Instruction(size, (to,), (source,)))
+
   def operand(self, number: int) -> str:
     """The address of an array."""
     return self.do("cvta.to.global.u64", f"${number}", kind="a")
@@ -105,7 +121,12 @@ class Program:
     """One block of inline assembly; `$0`, `$1` ... are the pointers."""
     lines = [f".reg {type_} {kind}<{self._used[kind]}>;"
              for kind, type_ in _KINDS.items() if self._used[kind]]
-    return "\n".join(["{", *lines, *map(_line, self.code), "}"])
+    starts = {i.args[1] for i in self.code if i.op == "loop"}
+    for n, instruction in enumerate(self.code):
+      if n in starts:
+        lines.append(f"L{n}:")
+      lines.append(_line(instruction))
+    return "\n".join(["{", *lines, "}"])
 
 
 def _group(registers: Sequence[str]) -> str:
@@ -115,6 +136,11 @@ def _group(registers: Sequence[str]) -> str:
 
 def _line(instruction: Instruction) -> str:
   op, out, args = instruction
+  if op == "loop":
+    counter, again = out
+    return (f"add.u32 {counter}, {counter}, 1;\n"
+            f"setp.lt.u32 {again}, {counter}, {args[0]};\n"
+            f"@{again} bra L{args[1]};")
   if op.startswith("ld."):
     return f"{op} {_group(out)}, [{args[0]}+{args[1]}];"
   if op.startswith("st."):
@@ -232,8 +258,17 @@ def interpret(
     assert not (where % (4 * count)).any(), "misaligned"
     return memory[which].view(np.uint32), where // 4
 
-  for op, results, args in program.code:
-    if op == "cvta.to.global.u64":
+  n = 0
+  while n < len(program.code):
+    op, results, args = program.code[n]
+    n += 1
+    if op == "loop":
+      state[results[0]] = state[results[0]] + np.uint32(1)
+      if state[results[0]].flat[0] < args[0]:
+        n = args[1]
+    elif op == "mov.b64":
+      state[results[0]] = state[args[0]]
+    elif op == "cvta.to.global.u64":
       state[results[0]] = int(args[0][1:]), np.zeros(shape, np.int64)
     elif op == "mad.wide.u32":
       which, where = state[args[2]]
@@ -243,11 +278,11 @@ def interpret(
       state[results[0]] = np.broadcast_to(
           np.asarray(value(args[0]), np.uint32), shape)
     elif op.startswith("ld."):
-      words, where = places(*args[:2], len(results))
+      words, where = places(args[0], args[1], len(results))
       for k, register in enumerate(results):
         state[register] = words[where + k]
     elif op.startswith("st."):
-      words, where = places(*args[:2], len(args) - 2)
+      words, where = places(args[0], args[1], len(args) - 2)
       for k, register in enumerate(args[2:]):
         words[where + k] = state[register]
     else:

@@ -63,7 +63,7 @@ class Arithmetic(Lookup):
 
   def __init__(self, p: ptx.Program, levels: decode.Levels):
     super().__init__(p, levels)
-    self.first, self.upper = levels[0], {}
+    self.first = levels[0]
     self.magic = ptx.bits(2.0**23)
     self.constants = {
         shift: (p.constant(2.0**-shift),
@@ -73,9 +73,8 @@ class Arithmetic(Lookup):
   def __call__(self, word: str, shift: int) -> str:
     p = self.p
     if shift >= 16:
-      if word not in self.upper:
-        self.upper[word] = p.do("shr.u32", word, 16)
-      word, shift = self.upper[word], shift - 16
+      # The assembler sees that it is one for four codes.
+      word, shift = p.do("shr.u32", word, 16), shift - 16
     # (word & mask) | magic
     large = p.do("lop3.b32", word, 15 << shift, self.magic, 0xEA)
     return p.do("fma.rn.f32", large, *self.constants[shift])
