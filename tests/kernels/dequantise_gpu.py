@@ -44,12 +44,12 @@ DIRECT = {
     "direct c4 r16": Variant(columns=4, rows=16),
     "direct c16 r4": Variant(columns=16, rows=4),
     "direct r32 ahead 8": Variant(rows=32, ahead=8),
-    "direct arithmetic": Variant(decode="arithmetic"),
     "direct st.cs": Variant(store=".cs"),
     "direct ld L2::256B": Variant(load=".L1::no_allocate.L2::256B"),
     "direct 2 warpgroups": Variant(warpgroups=2),
     "direct steps 2": Variant(steps=2),
     "direct persistent": Variant(steps=0),
+    "direct persistent r4": Variant(steps=0, rows=4),
     "direct select": Variant(decode="select"),
 }
 MOSAIC = {
@@ -77,8 +77,10 @@ def nested(key: jax.Array, layers: int, rows: int, columns: int) -> Any:
 
 def kernel(module: Any, name: str, variant: Any) -> Callable[..., jax.Array]:
   def run(codes, named):
+    # Inside jit the names are sorted.
+    given = [named[k] for k in ("scales", "minimums") if k in named]
     return module.dequantise(
-        codes, *named.values(), levels=form(name).levels, block_size=BLOCK,
+        codes, *given, levels=form(name).levels, block_size=BLOCK,
         dtype=jnp.bfloat16, variant=variant)
 
   return jax.jit(run)
@@ -92,8 +94,10 @@ def oracle(name: str) -> Callable[..., jax.Array]:
 
 def variants(name: str) -> dict[str, Callable[..., jax.Array]]:
   return {
-      **{k: kernel(direct_gpu, name, v) for k, v in DIRECT.items()
-         if v.decode != "arithmetic" or name.startswith("int4")},
+      **{k: kernel(direct_gpu, name, v) for k, v in DIRECT.items()},
+      **({"direct arithmetic": kernel(
+          direct_gpu, name, Variant(decode="arithmetic"))}
+         if name.startswith("int4") else {}),
       **{k: kernel(mosaic_gpu, name, v) for k, v in MOSAIC.items()}}
 
 
@@ -207,26 +211,31 @@ def time_shape(rows: int, columns: int, copy: float, limit: float) -> None:
     say(label, f"{rate:5.0f}  {rate / copy:4.0%}{note}")
 
   total = layers * each
-  measure("xla", oracle("nf4"), (codes, named), want, total)
-  mine = variants("nf4")
-  for label in [*list(mine)[:1], *MOSAIC, *list(mine)[1:]]:
-    if label in mine:
-      measure(label, mine.pop(label), (codes, named), want, total)
-  want = None
   less = total - 3 / BLOCK * layers * rows * columns
-  if (unnested := attempt("nested", lambda: doubly(False, Variant())(
-      codes, scales))) is not None:
-    for label, inside, variant in [
-        ("nested, XLA before", False, Variant()),
-        ("nested inside", True, Variant()),
-        ("nested inside r16", True, Variant(rows=16)),
-        ("nested inside r32", True, Variant(rows=32, ahead=8))]:
-      measure(label, doubly(inside, variant), (codes, scales), unnested, less)
-  codes, named = gpu_check.stored("int4", layers, rows, columns)
-  want = attempt("int4", lambda: oracle("int4")(codes, named))
-  for label in ("direct", "direct arithmetic", "mosaic (now)"):
-    measure(f"int4 {label}", variants("int4")[label], (codes, named), want,
-            total)
+  whole = jax.jit(jax.vmap(double.Nested.dequantize))(scales)
+  unnested = attempt("nested", lambda: oracle("nf4")(codes, {"scales": whole}))
+  mine = variants("nf4")
+
+  def measure_nf4(*labels):
+    for label in labels:
+      measure(label, mine.pop(label), (codes, named), want, total)
+
+  def measure_nested(label, inside, variant):
+    measure(label, doubly(inside, variant), (codes, scales), unnested, less)
+
+  measure("xla", oracle("nf4"), (codes, named), want, total)
+  measure_nf4("direct", "mosaic (now)", "mosaic shuffle")
+  measure_nested("nested inside", True, Variant())
+  measure_nested("nested, XLA before", False, Variant())
+  measure_nf4("direct r16", "direct r4", "direct st.cs", "direct persistent")
+  others, fours = gpu_check.stored("int4", layers, rows, columns)
+  expected = attempt("int4", lambda: oracle("int4")(others, fours))
+  for label in ("direct arithmetic", "mosaic (now)"):
+    measure(f"int4 {label}", variants("int4")[label], (others, fours),
+            expected, total)
+  measure_nf4(*mine)
+  measure_nested("nested inside r16", True, Variant(rows=16))
+  measure_nested("nested inside r32", True, Variant(rows=32, ahead=8))
   for label, rate in sorted(rates.items(), key=lambda item: item[1])[-4:]:
     print(f"  {label:28s} {rate:5.0f}  {rate / copy:4.0%}", flush=True)
 
@@ -238,26 +247,22 @@ def time_layers(rows: int, columns: int, limit: float) -> None:
   layers = 4
   codes, named = gpu_check.stored("nf4", layers, rows, columns)
 
-  def each(codes, scales, take):
-    return [take(codes, scales, jnp.int32(k)) for k in range(layers)]
-
-  def sliced(codes, scales, layer):
-    given = (jax.lax.dynamic_slice_in_dim(x, layer, 1) for x in (codes, scales))
-    return one(*given)
-
   def one(codes, scales, layer=None):
     return direct_gpu.dequantise(
         codes, scales, levels=form("nf4").levels, block_size=BLOCK,
         dtype=jnp.bfloat16, layer=layer)
 
+  def sliced(codes, scales, layer):
+    return one(*(jax.lax.dynamic_slice_in_dim(x, layer, 1)
+                 for x in (codes, scales)))
+
   print(f"\nmicroseconds a weight {rows} x {columns}, in turn in one program")
   for label, take in (("sliced by XLA", sliced), ("layer index", one)):
     # Indices are arguments, lest XLA slice with constants.
-    run = jax.jit(functools.partial(
-        lambda codes, scales, order, take: [
-            take(codes, scales, order[k]) for k in range(layers)], take=take))
-    spent = attempt(label, lambda run=run: seconds(
-        run, codes, named["scales"], jnp.arange(layers)))
+    run = jax.jit(lambda codes, scales, order, take=take: [
+        take(codes, scales, order[k]) for k in range(layers)])
+    spent = attempt(label, functools.partial(
+        seconds, run, codes, named["scales"], jnp.arange(layers)))
     if spent is not None:
       say(label, f"{spent / layers * 1e6:.1f}")
 
