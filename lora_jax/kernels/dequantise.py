@@ -11,7 +11,9 @@ one call that spans 0.5 GB (H100 80GB, jax 0.11.2, blocks of 64, bfloat16):
     int4  plain XLA        1530       1552        1636        1704
           Mosaic GPU       2193       2381        2321        2410
 
-`python -m tests.kernels.gpu_check` measures them again.
+`python -m tests.kernels.gpu_check` measures them again. The select tree bounds
+NF4; `direct_gpu`, which has none, is taken by name until it is measured
+(`python -m tests.kernels.dequantise_gpu`).
 """
 
 from __future__ import annotations

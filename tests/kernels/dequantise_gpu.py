@@ -1,6 +1,6 @@
 """Every variant of the dequantisation kernels on a GPU: bits, then rates.
 
-    python -m tests.kernels.dequantise_gpu [seconds, 100 by default]
+    python -m tests.kernels.dequantise_gpu [seconds, 80 by default]
 
 First all variants and formats against plain XLA at a small shape. Then, shape
 by shape, each variant's bits once more and its rate: bytes read and written a
@@ -241,34 +241,63 @@ def time_shape(rows: int, columns: int, copy: float, limit: float) -> None:
 
 
 def time_layers(rows: int, columns: int, limit: float) -> None:
-  """One weight a call, as a layer's: sliced out of the stack or read there."""
-  if time.perf_counter() - _START > limit:
-    return
+  """One weight a call, as a model's layers are: cut out of the stack by XLA or
+  read where it lies."""
   layers = 4
+  print(f"\nmicroseconds a weight {rows} x {columns}, one call each")
   codes, named = gpu_check.stored("nf4", layers, rows, columns)
+  scales = nested(jax.random.key(1), layers, rows, columns)
+  levels = form("nf4").levels
 
-  def one(codes, scales, layer=None):
+  def cut(layer, tree):
+    return jax.tree.map(
+        lambda x: jax.lax.dynamic_slice_in_dim(x, layer, 1), tree)
+
+  def direct(codes, *given, **how):
     return direct_gpu.dequantise(
-        codes, scales, levels=form("nf4").levels, block_size=BLOCK,
-        dtype=jnp.bfloat16, layer=layer)
+        codes, *given, levels=levels, block_size=BLOCK, dtype=jnp.bfloat16,
+        **how)
 
-  def sliced(codes, scales, layer):
-    return one(*(jax.lax.dynamic_slice_in_dim(x, layer, 1)
-                 for x in (codes, scales)))
+  def within(scales):
+    return scales.codes, scales.nested_absmax, scales.offset
 
-  print(f"\nmicroseconds a weight {rows} x {columns}, in turn in one program")
-  for label, take in (("sliced by XLA", sliced), ("layer index", one)):
-    # Indices are arguments, lest XLA slice with constants.
-    run = jax.jit(lambda codes, scales, order, take=take: [
-        take(codes, scales, order[k]) for k in range(layers)])
+  def outside(layer, codes, scales):
+    whole = jax.vmap(double.Nested.dequantize)(cut(layer, scales))
+    return direct(cut(layer, codes), whole)
+
+  def mosaic(layer, codes, named):
+    return kernel(mosaic_gpu, "nf4", mosaic_gpu.DEFAULT)(
+        *cut(layer, (codes, named)))
+
+  def placed(variant, layer, codes, named):
+    return direct(codes, named["scales"], layer=layer, variant=variant)
+
+  plainly = [
+      ("xla, cut", lambda n, c, s: oracle("nf4")(*cut(n, (c, s)))),
+      ("direct, cut", lambda n, c, s: direct(*cut(n, (c, s["scales"])))),
+      *[(f"{label}, placed", functools.partial(placed, DIRECT[label]))
+        for label in ("direct", "direct r4", "direct r16")]]
+  doubly_ = [
+      ("nested, XLA before, cut", outside),
+      ("nested inside, placed", lambda n, c, s: direct(
+          c, within(s), layer=n, table=jnp.asarray(double.dynamic_map())))]
+  rows_ = [*[(*row, named) for row in plainly],
+           *[(*row, scales) for row in doubly_],
+           ("mosaic (now), cut", mosaic, named)]  # Compiles longest.
+  for label, take, given in rows_:
+    if time.perf_counter() - _START > limit:
+      return
+    # Numbers are arguments, lest XLA cut by constants.
+    run = jax.jit(lambda order, codes, given, take=take: [
+        take(order[k], codes, given) for k in range(layers)])
     spent = attempt(label, functools.partial(
-        seconds, run, codes, named["scales"], jnp.arange(layers)))
+        seconds, run, jnp.arange(layers), codes, given))
     if spent is not None:
       say(label, f"{spent / layers * 1e6:.1f}")
 
 
 def main() -> None:
-  limit = float(sys.argv[1]) if len(sys.argv) > 1 else 100.0
+  limit = float(sys.argv[1]) if len(sys.argv) > 1 else 80.0
   print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}", flush=True)
   attempt("small", check_small)
   copy = attempt("copy", ceilings) or 2870.0
@@ -278,7 +307,8 @@ def main() -> None:
     attempt(str(shape), functools.partial(
         time_shape, *shape, copy,
         spent + (limit - spent) / (len(SHAPES) - n)))
-  attempt("layers", functools.partial(time_layers, 4096, 4096, limit + 10))
+  for shape in SHAPES[:2]:
+    attempt("layers", functools.partial(time_layers, *shape, limit + 20))
 
 
 if __name__ == "__main__":

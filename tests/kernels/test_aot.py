@@ -23,6 +23,7 @@ from lora_jax import quant
 from lora_jax import types
 from lora_jax.kernels import dequantise
 from lora_jax.kernels import direct_gpu
+from lora_jax.kernels import mosaic_gpu
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
 from lora_jax.models import init
@@ -111,6 +112,21 @@ def test_programs_assemble(variant):
 
   text = compiled(dequantised, device, codes, nested, nested,
                   like(jnp.float32, 256))
+  assert calls(text, device) == 1
+
+
+def test_mosaic_shuffles():
+  """Which its interpreter cannot do."""
+  device = devices("h100")[0]
+  codes, named = arguments(
+      (1, 64, 256), 64, jax.sharding.SingleDeviceSharding(device))
+
+  def dequantised(codes, scales):
+    return mosaic_gpu.dequantise(
+        codes, scales, levels=one.form("nf4", 64).levels, block_size=64,
+        dtype=jnp.bfloat16, variant=mosaic_gpu.Variant(8, "shuffle"))
+
+  text = compiled(dequantised, device, codes, named["scales"])
   assert calls(text, device) == 1
 
 
