@@ -97,6 +97,8 @@ def test_entry_point_takes_it():
         codes, {"scales": scales}, one.form("nf4", 32), jnp.bfloat16, **how)
 
   how = {"backend": "direct_gpu", "interpret": True}
+  text = str(jax.make_jaxpr(lambda c: run(c, named["scales"], **how))(codes))
+  assert "pure_callback" in text
   got = jax.jit(jax.vmap(lambda c: run(c, named["scales"], **how)))(stack)
   want = run(stack, np.stack([named["scales"]] * 2), backend="xla")
   np.testing.assert_array_equal(one.bits(got), one.bits(want))
