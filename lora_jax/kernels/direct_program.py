@@ -32,8 +32,7 @@ class Variant:
     rows: byte rows of a thread, at most; they divide the half of a block.
     columns: of a thread: 4, 8 or 16.
     warpgroups: of 128 threads in a block of threads.
-    decode: how a code becomes its level, a key of
-      `ptx_levels.LOOKUPS`.
+    decode: how a code becomes its level, a key of `ptx_levels.LOOKUPS`.
     ahead: byte rows that are loaded before the first is decoded; 0 is all.
     steps: tiles that a thread takes in turn, a grid apart, the next one's
       loads issued before this one is decoded; 0 is as many as make all blocks

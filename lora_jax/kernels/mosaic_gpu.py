@@ -74,11 +74,11 @@ def _shuffled(codes: jax.Array, levels: decode.Levels) -> jax.Array:
       arg_types=(LAYOUT,), return_type=plgpu.ShapeDtypeStruct(
           codes.shape, jnp.float32, LAYOUT))
   def run(_, codes):
-    from jax._src.lib.mlir import ir
-    from jax._src.lib.mlir.dialects import arith
-    from jax._src.lib.mlir.dialects import llvm
-    from jax._src.lib.mlir.dialects import vector
     from jax.experimental.mosaic.gpu import fragmented_array
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith
+    from jaxlib.mlir.dialects import llvm
+    from jaxlib.mlir.dialects import vector
 
     i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
     table: Any = llvm.inline_asm(i32, [], p.text(), "=r")
