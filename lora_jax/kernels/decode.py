@@ -8,6 +8,7 @@ and, where there are minimums, the one sum round as the plain path does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeAlias
 
 import jax
@@ -40,6 +41,7 @@ def decode(
     *,
     levels: Levels,
     dtype: jnp.dtype,
+    find: Callable[[jax.Array, Levels], jax.Array] = lookup,
 ) -> jax.Array:
   """`levels[code] * scale (+ minimum)`, rounded once to `dtype`.
 
@@ -49,12 +51,13 @@ def decode(
     minimums: the same, or None.
     levels: what a code stands for, before it is scaled.
     dtype: bfloat16, float16 or float32.
+    find: the level of each code.
 
   Returns:
     Values of the shape of `codes`. A kernel's output is opaque to XLA, so that
     a plain conversion is the one rounding that `exact.cast` promises.
   """
-  values = lookup(codes, levels) * scales
+  values = find(codes, levels) * scales
   if minimums is not None:
     values = exact.rounded(values) + minimums
   if dtype == jnp.float32:

@@ -11,7 +11,9 @@ one call that spans 0.5 GB (H100 80GB, jax 0.11.2, blocks of 64, bfloat16):
     int4  plain XLA        1530       1552        1636        1704
           Mosaic GPU       2193       2381        2321        2410
 
-`python -m tests.kernels.gpu_check` measures them again.
+`python -m tests.kernels.gpu_check` measures them again. The select tree bounds
+NF4; `direct_gpu`, which has none, is taken by name until it is measured
+(`python -m tests.kernels.dequantise_gpu`).
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from jax import custom_batching
 import jax.numpy as jnp
 
 from lora_jax import errors
+from lora_jax.kernels import direct_gpu
 from lora_jax.kernels import mosaic_gpu
 from lora_jax.kernels import mosaic_tpu
 from lora_jax.kernels import partition
@@ -34,9 +37,11 @@ from lora_jax.kernels import plain
 _log = logging.getLogger(__name__)
 
 KERNELS: dict[str, Any] = {
-    "mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}
-# Lowering platform -> the kernel it gets wherever that applies.
-DEFAULTS = {"tpu": "mosaic_tpu", "cuda": "mosaic_gpu"}
+    "mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu,
+    "direct_gpu": direct_gpu}
+# Lowering platform -> the kernels it may get: the first that applies.
+DEFAULTS: dict[str, tuple[str, ...]] = {
+    "tpu": ("mosaic_tpu",), "cuda": ("mosaic_gpu",)}
 _ANY = "any"
 
 
@@ -161,8 +166,8 @@ def dequantise(
     below: `[..., n, o]` in `dtype`, more rows to put into the same buffer.
     backend: `"xla"` or a key of `KERNELS`; by default what `DEFAULTS` has for
       the platform, or plain XLA where that kernel does not apply.
-    interpret: True to run the TPU kernel without a TPU. (The interpreter of
-      GPU kernels has effects, which nothing here may have: call
+    interpret: True to run a kernel without its device. (Not `mosaic_gpu`,
+      whose interpreter has effects, which nothing here may have: call
       `mosaic_gpu.dequantise` by itself.)
 
   Returns:
@@ -184,9 +189,12 @@ def dequantise(
   what = f"{list(codes.shape)} codes in blocks of {form.block_size}"
   platforms: tuple[tuple[str, str], ...] = ()
   if backend is None:
-    platforms = tuple((platform, name) for platform, name in DEFAULTS.items()
-                      if call.applies(name, codes)
-                      and not (platform == "cuda" and _not_hopper()))
+    fitting = [
+        (platform, [name for name in names if call.applies(name, codes)])
+        for platform, names in DEFAULTS.items()
+        if not (platform == "cuda" and _not_hopper())]
+    platforms = tuple((platform, found[0]) for platform, found in fitting
+                      if found)
     if len(platforms) < len(DEFAULTS):
       _log.debug("%s as %s: kernels on %s only", what, call.dtype,
                  [p for p, _ in platforms])

@@ -14,6 +14,7 @@ power of two, and splits their accesses.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -22,12 +23,33 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 
+from lora_jax import errors
 from lora_jax.kernels import decode
+from lora_jax.kernels import ptx
+from lora_jax.kernels import ptx_levels
 
 COLUMNS = 256  # The most that one copy spans.
-ROWS = 32  # Byte rows, at most.
 WARPS = 4
+LOOKUPS = ("select", "shuffle")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """How the work is done; every variant computes the same bits.
+
+  Attributes:
+    rows: byte rows of a warpgroup, at most: 4, 8, 16 or 32.
+    lookup: one of `LOOKUPS`; the interpreter, which knows no shuffles, always
+      selects.
+  """
+
+  rows: int = 32
+  lookup: str = "select"
+
+
+DEFAULT = Variant()
 
 # [4, 128 n]: a warp has a row, a lane every 32nd group of 4 columns, which are
 # 16 bytes of float32: the widest access.
@@ -36,9 +58,50 @@ LAYOUT = plgpu.Layout.TILED(
     warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 
 
-def _rows(byte_rows: int, half: int) -> int:
+def _rows(byte_rows: int, half: int, most: int = DEFAULT.rows) -> int:
   """Byte rows of a warpgroup: all blocks, the tail too, are multiples."""
-  return math.gcd(ROWS, half, byte_rows % half)
+  return math.gcd(most, half, byte_rows % half)
+
+
+def _shuffled(codes: jax.Array, levels: decode.Levels) -> jax.Array:
+  """`decode.lookup` of the low 4 bits of codes laid out as `LAYOUT`: what
+  lane `code` of the warp holds."""
+  p = ptx.Program(0)
+  table = ptx_levels.Select(p, levels).among(p.do("mov.u32", "%laneid"))
+  p.code.append(ptx.Instruction("mov.b32", ("$0",), (table,)))
+
+  @plgpu.inline_mgpu(
+      arg_types=(LAYOUT,), return_type=plgpu.ShapeDtypeStruct(
+          codes.shape, jnp.float32, LAYOUT))
+  def run(_, codes):
+    from jax.experimental.mosaic.gpu import fragmented_array
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith
+    from jaxlib.mlir.dialects import llvm
+    from jaxlib.mlir.dialects import vector
+
+    i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    table: Any = llvm.inline_asm(i32, [], p.text(), "=r")
+
+    def found(register):
+      (size,) = ir.VectorType(register.type).shape
+      out: Any = llvm.mlir_undef(ir.VectorType.get((size,), i32))
+      for k in range(size):
+        code = vector.extract(register, [], [k])
+        level: Any = llvm.inline_asm(
+            i32, [table, code],
+            f"shfl.sync.idx.b32 $0, $1, $2, {16 << 8 | 31}, {ptx.ALL};",
+            "=r,r,r", has_side_effects=True)
+        out = vector.insert(level, out, [], [k])
+      return arith.bitcast(ir.VectorType.get((size,), f32), out)
+
+    registers = np.empty_like(codes.registers)
+    for index, register in np.ndenumerate(codes.registers):
+      registers[index] = found(register)
+    return fragmented_array.FragmentedArray(
+        _registers=registers, _layout=codes.layout, _is_signed=None)
+
+  return run(codes)
 
 
 def applies(
@@ -62,6 +125,7 @@ def dequantise(
     dtype: Any,
     below: int = 0,
     interpret: Any = False,
+    variant: Variant = DEFAULT,
 ) -> jax.Array:
   """The weights `[l, i, o]` in `dtype`.
 
@@ -73,6 +137,7 @@ def dequantise(
     dtype: of the result.
     below: rows that the result has more, which are not written.
     interpret: `plgpu.InterpretGPUParams()` to run without a GPU.
+    variant: how the work is done.
 
   Returns:
     `levels[code] * scale (+ minimum)`; see `applies` for what shapes.
@@ -80,7 +145,9 @@ def dequantise(
   layers, byte_rows, columns = codes.shape
   half = block_size // 2
   whole, tail = divmod(byte_rows, half)  # Blocks, and byte rows after them.
-  some = _rows(byte_rows, half)
+  some = _rows(byte_rows, half, variant.rows)
+  errors.choose("lookup", variant.lookup, dict.fromkeys(LOOKUPS))
+  shuffle = variant.lookup == "shuffle" and not interpret
 
   def lay(values, layout):
     # The interpreter knows no layouts.
@@ -111,9 +178,11 @@ def dequantise(
     scales, minimums = (*each, None)[:2]
     for r in range(0, some, WARPS):
       packed = lay(buffers[0][pl.ds(r, WARPS)], LAYOUT).astype(jnp.int32)
-      for k, nibbles in enumerate((packed & 15, packed >> 4)):
+      low = packed if shuffle else packed & 15
+      for k, nibbles in enumerate((low, packed >> 4)):
         out_buffer[k, pl.ds(r, WARPS)] = decode.decode(
-            nibbles, scales, minimums, levels=levels, dtype=dtype)
+            nibbles, scales, minimums, levels=levels, dtype=dtype,
+            find=_shuffled if shuffle else decode.lookup)
     plgpu.commit_smem()
 
     low = first + block * half  # Row of the weight of the first low nibble.

@@ -22,6 +22,8 @@ from lora_jax import mesh as mesh_lib
 from lora_jax import quant
 from lora_jax import types
 from lora_jax.kernels import dequantise
+from lora_jax.kernels import direct_gpu
+from lora_jax.kernels import mosaic_gpu
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
 from lora_jax.models import init
@@ -83,6 +85,74 @@ def test_kernel_compiles(place, name):
     text = compiled(run(name, block, dtype), device,
                     *arguments((2, rows, columns), block, cut, names))
     assert calls(text, device) == 1
+
+
+@pytest.mark.parametrize("variant", [
+    direct_gpu.DEFAULT,
+    direct_gpu.Variant(rows=16, columns=4, ahead=4, warpgroups=2,
+                       decode="arithmetic", load=".L2::256B", store=".cs"),
+    direct_gpu.Variant(columns=16, decode="select", steps=2, load="",
+                       store=".L1::no_allocate")], ids=str)
+def test_programs_assemble(variant):
+  """Every instruction and cache operator, with statistics of 8 bits."""
+  device = devices("h100")[0]
+  cut = jax.sharding.SingleDeviceSharding(device)
+  codes, _ = arguments((2, 256, 1056), 64, cut)
+
+  def like(dtype, *shape):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=cut)
+
+  nested = [like(jnp.uint8, 2, 4, 1056), like(jnp.float32, 2, 17),
+            like(jnp.float32, 2)]
+
+  def dequantised(codes, scales, minimums, table):
+    return direct_gpu.dequantise(
+        codes, scales, minimums, levels=one.form("int4_affine", 64).levels,
+        block_size=64, dtype=jnp.bfloat16, table=table, variant=variant)
+
+  text = compiled(dequantised, device, codes, nested, nested,
+                  like(jnp.float32, 256))
+  assert calls(text, device) == 1
+
+
+def test_mosaic_shuffles():
+  """Which its interpreter cannot do."""
+  device = devices("h100")[0]
+  codes, named = arguments(
+      (1, 64, 256), 64, jax.sharding.SingleDeviceSharding(device))
+
+  def dequantised(codes, scales):
+    return mosaic_gpu.dequantise(
+        codes, scales, levels=one.form("nf4", 64).levels, block_size=64,
+        dtype=jnp.bfloat16, variant=mosaic_gpu.Variant(8, "shuffle"))
+
+  text = compiled(dequantised, device, codes, named["scales"])
+  assert calls(text, device) == 1
+
+
+def test_a_scan_reads_its_layer_out_of_the_stack():
+  """No slice of the codes is copied before the kernel."""
+  device = devices("h100")[0]
+  cut = jax.sharding.SingleDeviceSharding(device)
+  codes, named = arguments((3, 1024, 1024), 64, cut)
+  x = jax.ShapeDtypeStruct((8, 1024), jnp.bfloat16, sharding=cut)
+
+  def chain(x, codes, scales, whole):
+    def body(x, layer):
+      given = ((codes, scales) if whole
+               else (codes[layer][None], scales[layer][None]))
+      w = direct_gpu.dequantise(
+          *given, levels=one.form("nf4", 64).levels, block_size=64,
+          dtype=jnp.bfloat16, layer=layer if whole else None)
+      return x @ w[0], None
+
+    return jax.lax.scan(body, x, jnp.arange(3))[0]
+
+  for whole in (True, False):
+    text = compiled(jax.jit(chain, static_argnums=3), device, x, codes,
+                    named["scales"], whole)
+    assert calls(text, device) == 1
+    assert ("u8[1,512,1024]" in text) == (not whole)
 
 
 def test_shapes_without_a_kernel_compile_all_the_same():

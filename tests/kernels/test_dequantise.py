@@ -104,6 +104,21 @@ def test_bits_equal_numpys(name, backend, rows, columns, size, every):
     assert np.isnan(np.float32(got)).sum() == size
 
 
+def test_fewer_rows_are_the_same_values():
+  codes, named = stored("nf4", 64, 256, 64)
+
+  def run(**fields):
+    return bits(mosaic_gpu.dequantise(
+        codes[None], named["scales"][None], levels=form("nf4", 64).levels,
+        block_size=64, dtype=jnp.bfloat16, interpret=GPU,
+        variant=mosaic_gpu.Variant(**fields))[0])
+
+  want = expected("nf4", codes, named, 64, jnp.bfloat16)
+  np.testing.assert_array_equal(run(rows=16), bits(want))
+  with pytest.raises(errors.UsageError, match='did you mean "shuffle"'):
+    run(lookup="shuffel")
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_lookup_is_the_table(name):
   levels = quant.FORMATS[name].levels()
