@@ -256,19 +256,18 @@ class Body:
     for n in range(0, 64, 4):  # A quarter warp has an entry of 128 bytes.
       entry = op.add(op.add(op.mul(warp, 64), n), op.right(lane, 3))
       words = op.load("table", op.mul(entry, 4 * count), count)
-      op.shared_store(
-          "lut", op.add(op.mul(entry, 128), op.left(op.both(lane, 7), 4)),
-          words * (4 // count))
+      at = op.add(op.mul(entry, 128), op.left(op.both(lane, 7), 4))
+      op.shared_store(op.shared_at("lut", at), words * (4 // count))
     mine = op.mul(op.both(lane, 32 // count - 1), 4 * count)
 
     def lookup(word):
+      # After the wait, which is when the place is known.
+      place = op.shared_at("lut", mine)
       found = []
       for byte in range(4):
-        shift = 8 * byte - 7
-        moved = op.left(word, 7) if shift < 0 else op.right(word, shift)
+        alone = op.permute(word, 0, 0x4440 + byte)
         found.append(op.shared_load(
-            "lut", op.either(op.both(moved, 0x7F80), mine), count,
-            constant=True))
+            op.add(op.mul(alone, 128), place), count, constant=True))
       return found
 
     return lookup
@@ -298,7 +297,7 @@ class Body:
     return lookup
 
   def _multiply(self, op, lookup, stage, sums) -> list:
-    """`sums` and what a chunk adds; `[group][tile][4]`, as `mma` has them."""
+    """`sums` `[group][column][2]` and what a chunk adds to them."""
     plan = self.plan
     words = plan.width // 4
     codes, rest = stage[:8 * words], stage[8 * words:]
@@ -325,23 +324,24 @@ class Body:
     added = list(sums)
     for word in range(words):
       decoded = [lookup(codes[n * words + word]) for n in range(8)]
-      for c in (0, 2):
-        tile = 2 * word + c // 2
+      for tile in range(0, 4, 3 - len(self.terms)):
+        # Columns `group` and `group + 8` of the operand: neighbours, or the
+        # two terms of one, which a read of the table leaves side by side.
         for n, pair in enumerate(pairs):
           part = zeros
-          for term in reversed(range(len(decoded[0][0]))):
-            for k in range(0, 8, 2):
-              part = op.mma(
-                  [decoded[k][c][term], decoded[k][c + 1][term],
-                   decoded[k + 1][c][term], decoded[k + 1][c + 1][term]],
-                  pair[k:k + 2], part, self.kind)
-          at = (n * plan.width // 2 + tile) * 4
-          for m in range(4):
-            of = 2 * tile + m // 2
-            added[at + m] = op.fma(part[m], scales[of], added[at + m])
+          for k in range(0, 8, 2):
+            part = op.mma(
+                [half for byte in decoded[k:k + 2]
+                 for half in sum(byte[tile:], [])[:2]],
+                pair[k:k + 2], part, self.kind)
+          if len(self.terms) == 2:
+            part = [op.sum(a, b) for a, b in zip(part[:2], part[2:])]
+          for m, value in enumerate(part):
+            of = 4 * word + tile + m // 2
+            at = (n * plan.width + of) * 2 + m % 2
+            added[at] = op.fma(value, scales[of], added[at])
             if minimums:
-              added[at + m] = op.fma(
-                  totals[n][m], minimums[of], added[at + m])
+              added[at] = op.fma(totals[n][m % 2], minimums[of], added[at])
     return added
 
   def _leave(self, op, warp, group, quarter, sums) -> None:
@@ -353,12 +353,11 @@ class Body:
         row = op.add(op.mul(quarter, 2), 8 * n + odd)
         row = op.add(op.mul(warp, rows), row)
         for word in range(plan.width // 4):
-          at = (n * plan.width // 2 + 2 * word) * 4 + odd
+          at = (n * plan.width + 4 * word) * 2 + odd
           column = op.add(op.mul(group, plan.width), 4 * word)
-          op.shared_store(
-              "sums",
-              op.left(op.add(op.mul(row, self.span), column), 2),
-              [op.bits(sums[at + m]) for m in (0, 2, 4, 6)])
+          place = op.left(op.add(op.mul(row, self.span), column), 2)
+          op.shared_store(op.shared_at("sums", place), [
+              op.bits(sums[at + m]) for m in (0, 2, 4, 6)])
 
   def _finish(self, op, thread, tile, split, out_size) -> Iterator[str]:
     """The sum over warps, and over blocks if they are to; a column a thread."""
@@ -369,13 +368,13 @@ class Body:
     for n in range(-(-self.rows * self.span // (32 * WARPS))):
       place = op.add(thread, 32 * WARPS * n)
       row = op.divide(place, self.span)
-      at = op.left(place, 2)
-      parts = [op.float(op.shared_load("sums", op.add(at, w * step), 1)[0])
+      at = op.shared_at("sums", op.left(place, 2))
+      parts = [op.float(op.shared_load(op.add(at, w * step), 1)[0])
                for w in range(WARPS)]
       total = _total(op, parts)
       places.append((n, row, place, at))
       if together:
-        op.shared_store("sums", at, [op.bits(total)])
+        op.shared_store(at, [op.bits(total)])
       else:
         self._store(op, row, place, tile, out_size, total,
                     op.less(row, self.rows))
@@ -385,7 +384,7 @@ class Body:
     for n, row, place, at in places:
       mine = op.both(op.same(split, n % plan.splits),
                      op.less(row, self.rows))
-      parts = [op.float(op.peer_load("sums", at, rank, where=mine))
+      parts = [op.float(op.peer_load(at, rank, where=mine))
                for rank in range(plan.splits)]
       self._store(op, row, place, tile, out_size, _total(op, parts), mine)
     yield ptx.CLUSTER  # Its memory must outlast its readers.

@@ -174,7 +174,7 @@ class Thread:
 
   def load(self, name: str, offset: Register, words: int, *,
            where: Register = 1, once: bool = False) -> list[Register]:
-    """1, 2 or 4 aligned words that nobody writes; zeros unless `where`.
+    """1, 2 or 4 aligned words that nobody writes; anything unless `where`.
 
     `once`: nobody reads them again, so that the near cache need not hold them.
     """
@@ -186,11 +186,10 @@ class Thread:
     at = self._where(name, offset)
     if isinstance(where, int):
       return self._asm([self._i32] * words, [at], load, effects=once)
-    zeros = " ".join(f"mov.b32 ${n}, 0;" for n in range(words))
     return self._asm(
         [self._i32] * words, [at, where],
-        f"{{ .reg .pred p; setp.ne.b32 p, ${words + 1}, 0; {zeros} "
-        f"@p {load} }}", effects=once)
+        f"{{ .reg .pred p; setp.ne.b32 p, ${words + 1}, 0; @p {load} }}",
+        effects=once)
 
   def store(self, name: str, offset: Register, value: Register, kind: str, *,
             where: Register) -> None:
@@ -205,35 +204,40 @@ class Thread:
         f"{{ .reg .pred p; {convert}setp.ne.b32 p, $2, 0; "
         f"@p st.global.b{size} [$0], {source}; }}", effects=True)
 
-  def shared_load(self, name: str, offset: Register, words: int, *,
+  def shared_at(self, name: str, offset: Register) -> Register:
+    """Where in all shared memory that is."""
+    return self.add(self._shared[name], offset)
+
+  def shared_load(self, at: Register, words: int, *,
                   constant: bool = False) -> list[Register]:
-    """1, 2 or 4 aligned words; `constant` if no more is written to them."""
+    """1, 2 or 4 aligned words at `shared_at`'s place; `constant` if no more is
+    written to them."""
     vector = f".v{words}" if words > 1 else ""
     outs = ", ".join(f"${n}" for n in range(words))
     outs = f"{{{outs}}}" if words > 1 else outs
     return self._asm(
-        [self._i32] * words, [self.add(self._shared[name], offset)],
+        [self._i32] * words, [at],
         f"ld.shared{vector}.b32 {outs}, [${words}];", effects=not constant)
 
-  def shared_store(self, name: str, offset: Register,
-                   values: Sequence[Register]) -> None:
-    """1, 2 or 4 aligned words."""
+  def shared_store(self, at: Register, values: Sequence[Register]) -> None:
+    """1, 2 or 4 aligned words at `shared_at`'s place."""
     words = len(values)
     vector = f".v{words}" if words > 1 else ""
     outs = ", ".join(f"${n + 1}" for n in range(words))
     outs = f"{{{outs}}}" if words > 1 else outs
     self._asm(
-        [], [self.add(self._shared[name], offset), *map(self._int, values)],
+        [], [at, *map(self._int, values)],
         f"st.shared{vector}.b32 [$0], {outs};", effects=True)
 
-  def peer_load(self, name: str, offset: Register, rank: int, *,
-                where: Register) -> Register:
-    """A word of the shared memory of block `rank` of the cluster."""
-    at = self.add(self._shared[name], offset)
+  def peer_load(
+      self, at: Register, rank: int, *, where: Register
+  ) -> Register:
+    """A word of the shared memory of block `rank` of the cluster; anything
+    unless `where`."""
     return self._asm(
         [self._i32], [at, self._int(rank), self._int(where)],
         "{ .reg .pred p; .reg .b32 a; setp.ne.b32 p, $3, 0; "
-        "mapa.shared::cluster.u32 a, $1, $2; mov.b32 $0, 0; "
+        "mapa.shared::cluster.u32 a, $1, $2; "
         "@p ld.shared::cluster.b32 $0, [a]; }", effects=True)[0]
 
   # Control.
@@ -256,8 +260,8 @@ class Thread:
         CLUSTER: "barrier.cluster.arrive.aligned; "
                  "barrier.cluster.wait.aligned;"}[who],
               effects=True, together=True)
-    # Loads of constants are no side effects to LLVM: that they come after the
-    # wait, it must learn from their addresses.
+    # A load of a constant is no side effect to LLVM: that it comes after the
+    # wait, it must learn from the address.
     self._shared = {
         name: self._asm([self._i32], [at], "mov.b32 $0, $1;", effects=True)[0]
         for name, at in self._shared.items()}

@@ -14,20 +14,22 @@ import ml_dtypes
 import numpy as np
 
 LANES = 32
+POISON = np.uint32(0x7FFFFFFF)  # A NaN, as two halves too.
 KINDS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32}
 
 
 class Warp:
   """One warp: `Thread`'s methods, of 32 lanes at once."""
 
-  def __init__(self, number, arrays, shared, written, peers, indices):
+  def __init__(self, number, arrays, places, peers, rank, indices):
     self._number = number
     self._arrays = arrays  # uint8 of device memory by name.
     self._start = dict.fromkeys(arrays, 0)
-    self._shared, self._written = shared, written
-    self._peers = peers  # (shared, written) of each block of the cluster.
+    self._places = places  # Of shared arrays by name.
+    # Words of shared memory of each block of the cluster, and which of them
+    # were written.
+    self._peers, self._rank = peers, rank
     self._indices = indices
-    self.waits = 0
 
   def _int(self, x):
     if isinstance(x, int):
@@ -135,8 +137,7 @@ class Warp:
     memory = self._arrays[name].reshape(-1).view(np.uint32)
     assert (at[there] + 4 * words <= 4 * memory.size).all(), "outside"
     at = np.where(there, at // 4, 0)
-    return [np.where(there, memory[at + n], 0).astype(np.uint32)
-            for n in range(words)]
+    return [np.where(there, memory[at + n], POISON) for n in range(words)]
 
   def store(self, name, offset, value, kind, *, where):
     there = self._int(where) != 0
@@ -146,26 +147,32 @@ class Warp:
     memory = self._arrays[name].reshape(-1).view(KINDS[kind])
     memory[at[there] // size] = self._float(value).astype(KINDS[kind])[there]
 
-  def shared_load(self, name, offset, words, *, constant=False):
-    del constant
-    at = self._int(offset).astype(np.int64)
+  def shared_at(self, name, offset):
+    return self._int(self._places[name]) + self._int(offset)
+
+  def _words(self, at, words):
+    at = self._int(at).astype(np.int64)
     assert (at % (4 * words) == 0).all(), "not aligned"
-    assert all(self._written[name][at // 4 + n].all() for n in range(words))
-    return [self._shared[name][at // 4 + n] for n in range(words)]
+    return [at // 4 + n for n in range(words)]
 
-  def shared_store(self, name, offset, values):
-    at = self._int(offset).astype(np.int64)
-    assert (at % (4 * len(values)) == 0).all(), "not aligned"
-    for n, value in enumerate(values):
-      self._shared[name][at // 4 + n] = self._int(value)
-      self._written[name][at // 4 + n] = True
+  def shared_load(self, at, words, *, constant=False):
+    del constant
+    memory, written = self._peers[self._rank]
+    at = self._words(at, words)
+    assert all(written[n].all() for n in at)
+    return [memory[n] for n in at]
 
-  def peer_load(self, name, offset, rank, *, where):
+  def shared_store(self, at, values):
+    memory, written = self._peers[self._rank]
+    for n, value in zip(self._words(at, len(values)), values, strict=True):
+      memory[n], written[n] = self._int(value), True
+
+  def peer_load(self, at, rank, *, where):
+    memory, written = self._peers[rank]
     there = self._int(where) != 0
-    at = np.where(there, self._int(offset).astype(np.int64) // 4, 0)
-    shared, written = self._peers[rank]
-    assert written[name][at][there].all()
-    return np.where(there, shared[name][at], 0).astype(np.uint32)
+    at, = self._words(at, 1)
+    assert written[at][there].all()
+    return np.where(there, memory[at], POISON)
 
   def loop(self, start, stop, step, carry, body):
     (start,), (stop,) = ({*self._int(x).tolist()} for x in (start, stop))
@@ -188,18 +195,19 @@ def run(body, arrays, shared, grid, cluster, warps=4) -> None:
   """
   outer = {name: n for name, n in grid.items() if name != cluster}
   inner = grid.get(cluster, 1)
+  # Away from zero, as real ones are.
+  ends = list(itertools.accumulate(shared.values(), initial=256))
+  places = {name: 4 * at for name, at in zip(shared, ends)}
   for place in itertools.product(*map(range, outer.values())):
-    peers = [({name: np.zeros(n, np.uint32) for name, n in shared.items()},
-              {name: np.zeros(n, bool) for name, n in shared.items()})
+    peers = [(np.zeros(ends[-1], np.uint32), np.zeros(ends[-1], bool))
              for _ in range(inner)]
     running = []
-    for rank, (memory, written) in enumerate(peers):
+    for rank in range(inner):
       indices = dict(zip(outer, place, strict=True))
       if cluster is not None:
         indices[cluster] = rank
-      running += [
-          body(Warp(n, arrays, memory, written, peers, indices))
-          for n in range(warps)]
+      running += [body(Warp(n, arrays, places, peers, rank, indices))
+                  for n in range(warps)]
     while running:
       at = [next(generator, None) for generator in running]
       assert len(set(at)) == 1, "some threads wait where others do not"
