@@ -78,7 +78,7 @@ class _Call:
     return values.reshape(*lead, 2 * byte_rows, columns)
 
 
-def _not_hopper() -> bool:
+def not_hopper() -> bool:
   """Whether this machine's GPU is one that the kernel was not tried on. A
   machine without any compiles for another."""
   return jax.default_backend() == "gpu" and str(getattr(
@@ -168,7 +168,7 @@ def dequantise(
   if backend is None:
     platforms = tuple((platform, name) for platform, name in DEFAULTS.items()
                       if call.applies(name, codes)
-                      and not (platform == "cuda" and _not_hopper()))
+                      and not (platform == "cuda" and not_hopper()))
     if len(platforms) < len(DEFAULTS):
       _log.debug("%s as %s: kernels on %s only", what, call.dtype,
                  [p for p, _ in platforms])

@@ -25,6 +25,7 @@ from lora_jax import struct
 from lora_jax import types
 from lora_jax.kernels import decode as decode_lib
 from lora_jax.kernels import dequantise
+from lora_jax.kernels import matmul
 from lora_jax.kernels import packing
 from lora_jax.kernels import plain
 from lora_jax.quant import double
@@ -168,8 +169,7 @@ class QuantizedArray:
     if self.ndim > 2:
       return jax.vmap(lambda w: w.dequantize(dtype))(self)
     run = functools.partial(
-        dequantise.dequantise, dtype=dtype, form=plain.Format(
-            self.decode, self.block_size, self.CODES_PER_BYTE, self.levels()))
+        dequantise.dequantise, dtype=dtype, form=self._form())
     if self.home is not None:
       mesh, spec = self.home
       # Kernels say nothing about which axes their results vary over.
@@ -178,8 +178,14 @@ class QuantizedArray:
           check_vma=False)
     return run(self.codes, self.statistics())
 
+  def _form(self) -> plain.Format:
+    return plain.Format(
+        self.decode, self.block_size, self.CODES_PER_BYTE, self.levels())
+
   def matmul(self, x: jax.Array) -> jax.Array:
     """`x [..., i] @ w` in `x`'s dtype -> `[..., o]`."""
+    if self.ndim == 2 and self.levels() is not None and self.home is None:
+      return matmul.matmul(x, self.codes, self.statistics(), self._form())
     return x @ self.dequantize(x.dtype)
 
   def matmul_transposed(self, g: jax.Array) -> jax.Array:
