@@ -167,7 +167,8 @@ def product(
         (cp.ArrayMapping(*lead, "m", row), *of_weight.operand_mappings),
         (cp.ArrayMapping(*lead, "m", "o"),),
         reduction_factors=() if whole else ("q",),
-        need_replication_factors=of_weight.need_replication_factors,
+        # In the order of their first use.
+        need_replication_factors=("i", "b", "q") if whole else ("i", "b"),
         **{n: size for n, size in of_weight.factor_sizes.items()
            if n in names})
 
