@@ -11,7 +11,7 @@ A byte becomes such a register by one read of a table of 256 in shared memory,
 which every lane has in banks of its own (`decode="lut"`), or four codes by
 eight byte permutations (`"prmt"`). Where the levels are not exact in 16 bits,
 the table has two terms, a level and what its rounding left: 16 bits of
-mantissa in bfloat16. A block's sum is multiplied by its scales, not each weight.
+mantissa in bfloat16. Scales multiply the sum of a block, not each weight.
 
 Four warps share columns and take chunks of rows in turn; `splits` such blocks
 share columns as well, and add their sums over the cluster's shared memory
@@ -77,14 +77,8 @@ def levels_in_terms(
       whole.astype(dtype).astype(np.float64) == whole).all():
     return whole.astype(dtype)[None], unit
   first = exact.astype(dtype)
-  return np.stack([first, (exact - first.astype(np.float64)).astype(dtype)]), 1.0
-
-
-def table(terms: np.ndarray) -> np.ndarray:
-  """uint32 `[256, terms]`: by byte, the low nibble's level in the low half."""
-  bits = terms.view(np.uint16).astype(np.uint32)
-  byte = np.arange(256)
-  return np.stack([t[byte & 15] | t[byte >> 4] << 16 for t in bits], axis=1)
+  rest = (exact - first.astype(np.float64)).astype(dtype)
+  return np.stack([first, rest]), 1.0
 
 
 def plan_for(rows: int, in_features: int, columns: int, terms: int) -> Plan:
@@ -159,7 +153,7 @@ class Body:
   @property
   def arrays(self) -> tuple[str, ...]:
     """In device memory, in the order of the kernel's operands."""
-    return ("x", "codes", *self.statistics, "table", "out")
+    return ("x", "codes", *self.statistics, "out")
 
   @property
   def shared(self) -> dict[str, int]:
@@ -213,7 +207,8 @@ class Body:
       return [*self._multiply(op, lookup, now, carry[:sums]), *later, *far]
 
     done = op.loop(start, stop, WARPS,
-                   [*[op.float(0.0)] * sums, *sum(ahead, [])], step)
+                   [*[op.float(0.0)] * sums,
+                    *[word for stage in ahead for word in stage]], step)
     self._leave(op, warp, group, quarter, done[:sums])
     yield ptx.BLOCK
     yield from self._finish(op, thread, tile, split, out_size)
@@ -250,14 +245,18 @@ class Body:
   def _fill(self, op, warp, lane):
     """Makes the table; returns what decodes words of 4 columns to registers
     `[column][term]`."""
+    permuted = self._permutations(op)
     if self.plan.decode == "prmt":
-      return self._permutations(op)
+      return permuted
     count = len(self.terms)
-    for n in range(0, 64, 4):  # A quarter warp has an entry of 128 bytes.
-      entry = op.add(op.add(op.mul(warp, 64), n), op.right(lane, 3))
-      words = op.load("table", op.mul(entry, 4 * count), count)
-      at = op.add(op.mul(entry, 128), op.left(op.both(lane, 7), 4))
-      op.shared_store(op.shared_at("lut", at), words * (4 // count))
+    first = op.add(op.mul(warp, 64), op.mul(op.right(lane, 3), 16))
+    for n in range(0, 16, 4):  # A quarter warp has an entry of 128 bytes.
+      entry = op.add(first, n)
+      words = permuted(op.add(op.mul(entry, 0x01010101), 0x03020100))
+      for m, terms in enumerate(words):
+        at = op.add(op.mul(op.add(entry, m), 128),
+                    op.left(op.both(lane, 7), 4))
+        op.shared_store(op.shared_at("lut", at), terms * (4 // count))
     mine = op.mul(op.both(lane, 32 // count - 1), 4 * count)
 
     def lookup(word):
@@ -275,23 +274,24 @@ class Body:
   def _permutations(self, op):
     """Four codes at once: eight levels a permutation, of their low bytes and
     of their high ones, and the right one of two eights."""
-    level = self.terms[0].view(np.uint16)
-    parts = [[int.from_bytes(bytes(int(v) >> shift & 255
-                                   for v in level[n:n + 4]), "little")
-              for n in range(0, 16, 4)] for shift in (0, 8)]
+    parts = [[[int.from_bytes(bytes(int(v) >> shift & 255
+                                    for v in level[n:n + 4]), "little")
+               for n in range(0, 16, 4)] for shift in (0, 8)]
+             for level in self.terms.view(np.uint16)]
 
     def lookup(word):
-      found = []
+      found: list[list[Any]] = [[] for _ in range(4)]
       three = op.both(word, 0x77777777)
       pick = op.either(op.both(op.right(word, 1), 0x44444444), 0x32103210)
-      for half in (0, 16):
+      for half in (0, 1):
         code, which = (three, pick) if not half else (
             op.right(three, 16), op.right(pick, 16))
-        low, high = (
-            op.permute(op.permute(a, b, code), op.permute(c, d, code), which)
-            for a, b, c, d in parts)
-        found += [[op.permute(low, high, 0x5140)],
-                  [op.permute(low, high, 0x7362)]]
+        for term in parts:
+          low, high = (
+              op.permute(op.permute(a, b, code), op.permute(c, d, code), which)
+              for a, b, c, d in term)
+          found[2 * half].append(op.permute(low, high, 0x5140))
+          found[2 * half + 1].append(op.permute(low, high, 0x7362))
       return found
 
     return lookup
@@ -331,8 +331,9 @@ class Body:
           part = zeros
           for k in range(0, 8, 2):
             part = op.mma(
-                [half for byte in decoded[k:k + 2]
-                 for half in sum(byte[tile:], [])[:2]],
+                [term for byte in decoded[k:k + 2]
+                 for column in byte[tile:tile + 3 - len(self.terms)]
+                 for term in column],
                 pair[k:k + 2], part, self.kind)
           if len(self.terms) == 2:
             part = [op.sum(a, b) for a, b in zip(part[:2], part[2:])]
@@ -479,5 +480,5 @@ def matmul(
                      for words in body.shared.values()],
       compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
       **mesh,
-  )(x, codes, *statistics, jnp.asarray(table(body.terms).view(np.int32)))
+  )(x, codes, *statistics)
   return out.sum(1).astype(x.dtype) if apart else out

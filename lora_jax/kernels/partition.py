@@ -163,14 +163,15 @@ def product(
         *of_weight.operand_mappings, cp.ArrayMapping(*lead, row))
              for axis in mapping for n in (
                  axis if isinstance(axis, tuple) else (axis,))}
+    options: dict[str, Any] = {
+        n: size for n, size in of_weight.factor_sizes.items() if n in names}
     return cp.SdyShardingRule(
         (cp.ArrayMapping(*lead, "m", row), *of_weight.operand_mappings),
         (cp.ArrayMapping(*lead, "m", "o"),),
         reduction_factors=() if whole else ("q",),
         # In the order of their first use.
         need_replication_factors=("i", "b", "q") if whole else ("i", "b"),
-        **{n: size for n, size in of_weight.factor_sizes.items()
-           if n in names})
+        **options)
 
   def whole(*args):
     return run(*args)

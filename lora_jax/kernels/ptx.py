@@ -16,9 +16,14 @@ from typing import Any, TypeAlias
 
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
-from jaxlib.mlir.dialects import llvm
-from jaxlib.mlir.dialects import scf
+from jaxlib.mlir.dialects import arith as typed_arith
+from jaxlib.mlir.dialects import llvm as typed_llvm
+from jaxlib.mlir.dialects import scf as typed_scf
+
+# The stubs know the generated half of these modules only.
+arith: Any = typed_arith
+llvm: Any = typed_llvm
+scf: Any = typed_scf
 
 Register: TypeAlias = Any
 # What a body yields: who waits for whom.

@@ -164,6 +164,40 @@ def plainly(x, codes, scales):
   return (x[0] @ w)[None]
 
 
+def table(shape, pool, copy, limit, best) -> None:
+  """Prints a shape's lines; the best go to `best`, by shape and rows."""
+  ins, columns = shape
+  packed = ins * columns // 2
+  weights = draw("nf4", -(-BYTES // packed), ins, columns)
+  programs = []
+  for rows in ROWS:
+    x = jax.random.normal(
+        jax.random.key(rows), (1, rows, ins)).astype(jnp.bfloat16)
+    ways = {describe(plan): kernel("nf4", plan) for plan in PLANS[rows]}
+    if rows in (1, 16):
+      ways["dequantise, then dot"] = plainly
+    for way, one in ways.items():
+      label = f"{ins}x{columns}, {rows:2d} rows, {way}"
+      lowered = attempt(label, functools.partial(many(one).lower, x, weights))
+      if lowered is not None:
+        programs.append((label, rows, way, x, pool.submit(lowered.compile)))
+
+  def each(program, x):
+    return seconds(program.result(), x, weights) / len(weights)
+
+  for label, rows, way, x, program in programs:
+    if not left(limit + 5):
+      program.cancel()
+      continue
+    took = attempt(label, functools.partial(each, program, x))
+    if took is not None:
+      rate = packed / took
+      print(f"{label:70s} {took * 1e6:8.1f} us {rate / 1e9:6.0f} GB/s "
+            f"{rate / copy:4.0%}", flush=True)
+      best[shape, rows] = min(
+          best.get((shape, rows), (took, way)), (took, way))
+
+
 def main() -> None:
   limit = float(sys.argv[1]) if len(sys.argv) > 1 else 110.0
   print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
@@ -178,41 +212,11 @@ def main() -> None:
       print(f"{label}: {verdict}", flush=True)
   best: dict = {}
   with futures.ThreadPoolExecutor(8) as pool:
-    # Few shapes for all rows first: the last may not be reached.
-    for shape in [SHAPES[0], SHAPES[3], SHAPES[1], SHAPES[2]]:
-      if not left(limit):
+    for shape in SHAPES:
+      if left(limit):
+        table(shape, pool, copy, limit, best)
+      else:
         print(f"no time for {shape}")
-        continue
-      ins, columns = shape
-      packed = ins * columns // 2
-      weights = draw("nf4", -(-BYTES // packed), ins, columns)
-      programs = []
-      for rows in ROWS:
-        x = jax.random.normal(
-            jax.random.key(rows), (1, rows, ins)).astype(jnp.bfloat16)
-        ways = {describe(plan): kernel("nf4", plan) for plan in PLANS[rows]}
-        if rows in (1, 16):
-          ways["dequantise, then dot"] = plainly
-        for way, one in ways.items():
-          label = f"{ins}x{columns}, {rows:2d} rows, {way}"
-          lowered = attempt(label, functools.partial(
-              many(one).lower, x, weights))
-          if lowered is not None:
-            programs.append((label, rows, way, x, pool.submit(
-                lowered.compile)))
-      for label, rows, way, x, program in programs:
-        if not left(limit + 5):
-          program.cancel()
-          continue
-        took = attempt(label, lambda: seconds(
-            program.result(), x, weights) / len(weights))
-        if took is not None:
-          rate = packed / took
-          print(f"{label:70s} {took * 1e6:8.1f} us {rate / 1e9:6.0f} GB/s "
-                f"{rate / copy:4.0%}", flush=True)
-          key = (shape, rows)
-          best[key] = min(best.get(key, (took, way)), (took, way))
-      del weights
   print("\nbest")
   for (shape, rows), (took, way) in best.items():
     rate = shape[0] * shape[1] / 2 / took / 1e9

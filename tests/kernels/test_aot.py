@@ -22,6 +22,8 @@ from lora_jax import mesh as mesh_lib
 from lora_jax import quant
 from lora_jax import types
 from lora_jax.kernels import dequantise
+from lora_jax.kernels import matmul
+from lora_jax.kernels import matmul_gpu
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
 from lora_jax.models import init
@@ -83,6 +85,64 @@ def test_kernel_compiles(place, name):
     text = compiled(run(name, block, dtype), device,
                     *arguments((2, rows, columns), block, cut, names))
     assert calls(text, device) == 1
+
+
+FEW = {  # Format, rows of `x`, shape and block size of the weight.
+    "one row": ("nf4", 1, 1024, 576, 64, jnp.bfloat16),
+    "many, affine": ("int4_affine", 20, 576, 1536, 64, jnp.bfloat16),
+}
+
+
+@pytest.mark.parametrize("case", FEW)
+@pytest.mark.parametrize("place", [*TPUS, "h100"])
+def test_few_rows_compile(place, case):
+  """With the kernel, and without the weight."""
+  device = devices(place)[0]
+  name, rows, ins, columns, block, dtype = FEW[case]
+  cut = jax.sharding.SingleDeviceSharding(device)
+  names = ("scales", "minimums") if name == "int4_affine" else ("scales",)
+  codes, named = arguments((1, ins, columns), block, cut, names)
+  codes, named = jax.tree.map(lambda a: jax.ShapeDtypeStruct(
+      a.shape[1:], a.dtype, sharding=cut), (codes, named))
+  backend = "mosaic_gpu" if place == "h100" else "mosaic_tpu"
+
+  @jax.jit
+  def product(x, codes, named):
+    return matmul.matmul(
+        x, codes, named, one.form(name, block), backend=backend)
+
+  x = jax.ShapeDtypeStruct((rows, ins), dtype, sharding=cut)
+  text = compiled(product, device, x, codes, named)
+  assert calls(text, device) == 1
+  assert f"{ins},{columns}]" not in text
+
+
+@pytest.mark.parametrize("plan", [
+    matmul_gpu.Plan(4, 3, cluster=False, ahead=2, terms=1),
+    matmul_gpu.Plan(8, 4, decode="prmt")])
+def test_every_way_of_the_product_compiles(plan):
+  device = devices("h100")[0]
+  cut = jax.sharding.SingleDeviceSharding(device)
+  codes, named = arguments((2, 1024, 576), 64, cut)
+  x = jax.ShapeDtypeStruct((2, 3, 1024), jnp.float16, sharding=cut)
+  text = compiled(functools.partial(
+      matmul_gpu.matmul, levels=one.form("nf4", 64).levels, block_size=64,
+      plan=plan), device, x, codes, named["scales"])
+  assert calls(text, device) == 1
+
+
+def test_a_decoding_product_compiles(monkeypatch):
+  """What `QuantizedArray.matmul` makes of the row in `DEFAULTS`."""
+  monkeypatch.setattr(matmul, "DEFAULTS", {"cuda": "mosaic_gpu"})
+  device = devices("h100")[0]
+  cut = jax.sharding.SingleDeviceSharding(device)
+  w = jax.eval_shape(lambda: quant.quantize(
+      jnp.zeros((512, 256)), quant.QuantSpec("nf4", 64)))
+  x, w = jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=cut),
+      (jax.ShapeDtypeStruct((2, 1, 512), jnp.bfloat16), w))
+  text = compiled(lambda x, w: quant.matmul(x, w), device, x, w)
+  assert calls(text, device) == 1 and "512,256]" not in text
 
 
 def test_shapes_without_a_kernel_compile_all_the_same():

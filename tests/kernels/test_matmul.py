@@ -32,8 +32,7 @@ def emulated(body, x, codes, named):
   layers, plan = len(codes), body.plan
   lead = (layers, plan.splits) if body.apart else (layers,)
   out = np.full((*lead, body.rows, body.columns), 7e7, np.float32)
-  given = {"x": x, "codes": codes, **named,
-           "table": matmul_gpu.table(body.terms), "out": out}
+  given = {"x": x, "codes": codes, **named, "out": out}
   arrays = {name: np.ascontiguousarray(given[name]).reshape(-1).view(np.uint8)
             for name in body.arrays}
   warps.run(
@@ -115,27 +114,23 @@ def test_levels_are_sums_of_terms():
       reference.NF4[11] - 173 / 512).astype(jnp.bfloat16)
 
 
-def test_a_byte_is_two_levels():
-  """Row r, the low nibble, in the low half of a register."""
-  terms = np.arange(32, dtype=np.float16).reshape(2, 16)
-  words = matmul_gpu.table(terms)
-  assert words.dtype == np.uint32 and words.shape == (256, 2)
-  halves = words.view(np.float16).reshape(256, 2, 2)
-  assert halves[0x5C].tolist() == [[12, 5], [28, 21]]
-
-
-def test_permutations_are_the_table():
+@pytest.mark.parametrize("terms", [1, 2])
+def test_permutations_are_a_table(terms):
+  """Row r, the low nibble's level, in the low half of a register."""
   body = matmul_gpu.body_for(
       1, 64, 64, 64, jnp.bfloat16, quant.FORMATS["nf4"].levels(), False,
-      Plan(8, 1, decode="prmt"))
-  op = warps.Warp(0, {}, {}, [], 0, {})
-  lookup = body._permutations(op)
-  words = np.random.default_rng(0).integers(0, 2**32, (40, 32), np.uint32)
-  table = matmul_gpu.table(body.terms)[:, 0]
-  for word in words:
-    got = np.stack([register for register, in lookup(word)], axis=1)
-    np.testing.assert_array_equal(
-        got, table[word.view(np.uint8).reshape(32, 4)])
+      Plan(8, 1, terms=terms))
+  assert len(body.terms) == terms
+  lookup = body._permutations(warps.Warp(0, {}, {}, [], 0, {}))
+  for n in range(4):
+    word = np.random.default_rng(n).integers(0, 256, (32, 4), np.uint8)
+    got = lookup(word.view(np.uint32)[:, 0])
+    for column in range(4):
+      for term in range(terms):
+        halves = got[column][term].view(jnp.bfloat16).reshape(32, 2)
+        code = word[:, column]
+        want = body.terms[term][np.stack([code & 15, code >> 4], axis=1)]
+        np.testing.assert_array_equal(halves, want)
 
 
 def test_plans():
@@ -174,8 +169,8 @@ def test_tpu(name, rows, ins, columns, block, dtype):
 
 
 def small(layers=1):
-  x, codes, named, w = inputs("int4_affine", 2, 64, 128, 32, np.float32,
-                              layers)
+  x, codes, named, _ = inputs(
+      "int4_affine", 2, 64, 128, 32, np.float32, layers)
   named["scales"] = np.nan_to_num(named["scales"], nan=1.0)
   run = functools.partial(
       matmul.matmul, form=form("int4_affine", 32))
