@@ -40,7 +40,10 @@ _ANY = "any"
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-  """What is static of a call: `names` of the statistics, in order."""
+  """What is static of a call: `names` of the statistics, in order.
+
+  Four arrays may follow the statistics: the scales in 8 bits.
+  """
 
   form: plain.Format
   names: tuple[str, ...]
@@ -48,7 +51,7 @@ class _Call:
 
   def plain(self, x: jax.Array, codes: jax.Array, *statistics: jax.Array
             ) -> jax.Array:
-    named = dict(zip(self.names, statistics, strict=True))
+    named = dict(zip(self.names, statistics))
     return x @ dequantise.dequantise(codes, named, self.form, x.dtype)
 
   def applies(self, backend: str, x: jax.Array, codes: jax.Array) -> bool:
@@ -67,11 +70,24 @@ class _Call:
     """`[..., m, o]` by a kernel, or plain where a shard does not fit it."""
     if not self.applies(backend, x, codes):
       return self.plain(x, codes, *statistics)
-    flat = [a.reshape(-1, *a.shape[-2:]) for a in (x, codes, *statistics)]
+    flat = [a.reshape(-1, *a.shape[-2:])
+            for a in (x, codes, *statistics[:len(self.names)])]
     more = {"interpret": self.interpret} if self.interpret else {}
     product = KERNELS[backend].matmul(
         *flat, levels=self.form.levels,
         block_size=min(self.form.block_size, 2 * codes.shape[-2]), **more)
+    return product.reshape(*x.shape[:-1], codes.shape[-1])
+
+  def nested(self, backend: str, x: jax.Array, codes: jax.Array,
+             *statistics: jax.Array) -> jax.Array:
+    """The same with the scales in 8 bits."""
+    lead = x.ndim - 2
+    scales, absmax, offset, table = statistics[len(self.names):]
+    product = KERNELS[backend].matmul(
+        *[a.reshape(-1, *a.shape[-2:]) for a in (x, codes, scales)],
+        absmax.reshape(-1, absmax.shape[-1]), offset.reshape(-1),
+        table[(0,) * lead], levels=self.form.levels,
+        block_size=min(self.form.block_size, 2 * codes.shape[-2]))
     return product.reshape(*x.shape[:-1], codes.shape[-1])
 
 
@@ -80,16 +96,25 @@ def _compiled(call: _Call, platforms: tuple[tuple[str, str], ...]) -> Any:
   """A function of `x [..., m, i]`, codes and statistics that takes the kernel
   of the platform it is compiled for; `_ANY` is every platform."""
 
-  def placed(platform, backend, codes):
+  def placed(platform, backend, codes, count):
     run = functools.partial(call.kernel, backend)
     if platform == "tpu":
       return partition.local(run, call.plain)
-    return partition.product(
+    cut = partition.product(
         run, min(call.form.block_size, 2 * codes.shape[-2]))
 
+    def shards(x, codes, *statistics):
+      return cut(x, codes, *statistics[:len(call.names)])
+
+    if backend != "mosaic_gpu" or count == len(call.names):
+      return shards
+    # What a scale of 8 bits stands for depends on where it is in the whole.
+    return partition.local(functools.partial(call.nested, backend), shards)
+
   def choose(x, codes, *statistics):
-    kernels = {platform: placed(platform, backend, codes)
-               for platform, backend in platforms}
+    kernels = {
+        platform: placed(platform, backend, codes, len(statistics))
+        for platform, backend in platforms}
     if _ANY in kernels:
       return kernels[_ANY](x, codes, *statistics)
     return jax.lax.platform_dependent(
@@ -117,9 +142,10 @@ def _compiled(call: _Call, platforms: tuple[tuple[str, str], ...]) -> Any:
   @run.defjvp
   def _(primals, tangents):
     x, codes, *statistics = primals
+    count = len(call.names)  # The scales in 8 bits are the same scales.
     _, tangent = jax.jvp(
-        lambda x, *s: call.plain(x, codes, *s), (x, *statistics),
-        (tangents[0], *tangents[2:]))
+        lambda x, *s: call.plain(x, codes, *s), (x, *statistics[:count]),
+        (tangents[0], *tangents[2:2 + count]))
     return run(*primals), tangent
 
   return jax.jit(run)
@@ -131,6 +157,7 @@ def matmul(
     statistics: dict[str, jax.Array],
     form: plain.Format,
     *,
+    nested: tuple[jax.Array, ...] = (),
     backend: str | None = None,
     interpret: Any = False,
 ) -> jax.Array:
@@ -141,6 +168,9 @@ def matmul(
     codes: `[i / codes_per_byte, o]`.
     statistics: `[q, o]` by name.
     form: how they become numbers.
+    nested: the statistic "scales", if it is the only one, in 8 bits as well:
+      codes `[q, o]`, nested_absmax, offset and the map of `double.Nested`. A
+      kernel may read these instead.
     backend: `"xla"` or a key of `KERNELS`; by default what `DEFAULTS` has for
       the platform, or plain XLA where that kernel does not apply.
     interpret: True to run the TPU kernel without a TPU.
@@ -157,7 +187,7 @@ def matmul(
   # A transformation may have sorted the names.
   names = tuple(sorted(statistics, key=lambda name: (name != "scales", name)))
   call = _Call(form, names, interpret)
-  arrays = [statistics[name] for name in names]
+  arrays = [*[statistics[name] for name in names], *map(jnp.asarray, nested)]
   rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
   what = (f"{list(rows.shape)} {x.dtype} by {list(codes.shape)} codes in "
           f"blocks of {form.block_size}")

@@ -185,7 +185,13 @@ class QuantizedArray:
   def matmul(self, x: jax.Array) -> jax.Array:
     """`x [..., i] @ w` in `x`'s dtype -> `[..., o]`."""
     if self.ndim == 2 and self.levels() is not None and self.home is None:
-      return matmul.matmul(x, self.codes, self.statistics(), self._form())
+      statistics = self.statistics()
+      nested: tuple[Any, ...] = ()
+      if isinstance(self.scales, double.Nested) and len(statistics) == 1:
+        s = self.scales
+        nested = (s.codes, s.nested_absmax, s.offset, double.dynamic_map())
+      return matmul.matmul(
+          x, self.codes, statistics, self._form(), nested=nested)
     return x @ self.dequantize(x.dtype)
 
   def matmul_transposed(self, g: jax.Array) -> jax.Array:

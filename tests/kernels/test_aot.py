@@ -131,18 +131,24 @@ def test_every_way_of_the_product_compiles(plan):
   assert calls(text, device) == 1
 
 
-def test_a_decoding_product_compiles(monkeypatch):
-  """What `QuantizedArray.matmul` makes of the row in `DEFAULTS`."""
+@pytest.mark.parametrize("place", ["h100", "h100:4"])
+def test_a_decoding_product_compiles(monkeypatch, place):
+  """What `QuantizedArray.matmul` makes of the row in `DEFAULTS`: on one device
+  scales are decoded in the kernel, on several before it."""
   monkeypatch.setattr(matmul, "DEFAULTS", {"cuda": "mosaic_gpu"})
-  device = devices("h100")[0]
-  cut = jax.sharding.SingleDeviceSharding(device)
+  ds = devices(place)
+  mesh = Mesh(np.asarray(ds), ("tensor",))
   w = jax.eval_shape(lambda: quant.quantize(
       jnp.zeros((512, 256)), quant.QuantSpec("nf4", 64)))
-  x, w = jax.tree.map(
-      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=cut),
-      (jax.ShapeDtypeStruct((2, 1, 512), jnp.bfloat16), w))
-  text = compiled(lambda x, w: quant.matmul(x, w), device, x, w)
-  assert calls(text, device) == 1 and "512,256]" not in text
+  w = jax.tree.map(lambda a: jax.ShapeDtypeStruct(
+      a.shape, a.dtype, sharding=NamedSharding(
+          mesh, P("tensor") if a.ndim == 2 else P())), w)
+  x = jax.ShapeDtypeStruct((2, 1, 512), jnp.bfloat16,
+                           sharding=NamedSharding(mesh, P()))
+  text = compiled(lambda x, w: quant.matmul(x, w), ds[0], x, w)
+  assert calls(text, ds[0]) == 1 and "512,256]" not in text
+  assert ("f32[8,256]" in text or "f32[2,256]" in text) == (len(ds) > 1)
+  assert COLLECTIVES.findall(text) == ["f32"] * (len(ds) > 1)
 
 
 def test_shapes_without_a_kernel_compile_all_the_same():

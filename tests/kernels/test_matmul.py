@@ -19,6 +19,8 @@ from lora_jax import quant
 from lora_jax.kernels import dequantise
 from lora_jax.kernels import matmul
 from lora_jax.kernels import matmul_gpu
+from lora_jax.kernels import matmul_warps
+from lora_jax.quant import double
 from tests.kernels import test_dequantise as one
 from tests.kernels import warps
 from tests.quant import reference
@@ -54,13 +56,13 @@ def inputs(name, rows, ins, columns, block, dtype, layers=1):
   return x, codes, named, w
 
 
-def check(got, x, w, level_error, out_error=0.0):
+def check(got, x, w, level_error, out_error=0.0, nans=1):
   """`got` is `x @ w` but for roundings.
 
   Products of 16-bit floats are exact in float32. Each of at most n + 64
   additions in a row, a tensor core's too, and two products with statistics
   lose at most 2^-23 of the sum of magnitudes; a level, relatively,
-  `level_error`; the result `out_error`. Columns with a NaN scale are NaN.
+  `level_error`; the result `out_error`. A column with a NaN scale is NaN.
   """
   x, w = x.astype(np.float64), w.astype(np.float64)
   broken = np.isnan(w).any(-2)
@@ -70,7 +72,7 @@ def check(got, x, w, level_error, out_error=0.0):
   good = np.broadcast_to(~broken[..., None, :], want.shape)
   assert (error <= bound + np.abs(want) * out_error)[good].all(), (
       np.nanmax(error / size))
-  assert broken.sum() == len(w) and np.isnan(np.asarray(
+  assert broken.sum() == nans * len(w) and np.isnan(np.asarray(
       got, np.float64)[~good]).all()
 
 
@@ -98,17 +100,39 @@ def test_instructions(name, rows, ins, columns, block, dtype, plan, error):
   check(emulated(body, x, codes, named), x, w, error)
 
 
+def test_nested_scales_are_decoded_in_the_kernel():
+  """Two layers of a weight with several `nested_absmax`."""
+  rows, (ins, columns) = 3, (192, 400)
+  rng = np.random.default_rng(0)
+  stack = quant.quantize(
+      np.float32(rng.normal(size=(2, ins, columns))
+                 * rng.uniform(0.1, 1, columns)),
+      quant.QuantSpec("nf4", 64, True))
+  x = rng.normal(size=(2, rows, ins)).astype(jnp.bfloat16)
+  plan = Plan(8, 2)
+  body = matmul_gpu.body_for(
+      rows, ins, columns, 64, x.dtype, stack.levels(), False, plan, True)
+  got = emulated(body, x, np.asarray(stack.codes), {
+      "scales": np.asarray(stack.scales.codes),
+      "absmax": np.asarray(stack.scales.nested_absmax),
+      "offset": np.asarray(stack.scales.offset),
+      "map": double.dynamic_map()})
+  w = np.asarray(stack.dequantize())
+  assert stack.scales.nested_absmax.shape == (2, 5)
+  check(got, x, w, BF16**2, nans=0)
+
+
 def test_levels_are_sums_of_terms():
   for name, dtype, count, error in [
       ("int4", jnp.bfloat16, 1, 0), ("fp4", jnp.bfloat16, 1, 2**-23),
       ("nf4", jnp.bfloat16, 2, BF16**2), ("nf4", jnp.float16, 2, F16**2)]:
     want = np.float64(quant.FORMATS[name].levels())
-    terms, unit = matmul_gpu.levels_in_terms(tuple(want), dtype)
+    terms, unit = matmul_warps.levels_in_terms(tuple(want), dtype)
     assert terms.shape == (count, 16) and terms.dtype == dtype
     found = terms.astype(np.float64).sum(0) * unit
     assert (np.abs(found - want) <= error * np.abs(want)).all()
   # By hand: of 0.33791524 * 512 = 173.01 bfloat16 keeps 8 bits.
-  terms, _ = matmul_gpu.levels_in_terms(
+  terms, _ = matmul_warps.levels_in_terms(
       quant.FORMATS["nf4"].levels(), jnp.bfloat16)
   assert terms[0, 11] == 173 / 512 and terms[1, 11] == np.float64(
       reference.NF4[11] - 173 / 512).astype(jnp.bfloat16)
