@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from concurrent import futures
 import functools
+import math
 import statistics
 import sys
 import time
@@ -27,6 +28,7 @@ from lora_jax import quant
 from lora_jax.kernels import dequantise
 from lora_jax.kernels import matmul_gpu
 from lora_jax.kernels import plain
+from lora_jax.quant import double
 
 Plan = matmul_gpu.Plan
 START = time.perf_counter()
@@ -44,6 +46,7 @@ WIDE = [
 # By rows; None is `plan_for`'s.
 PLANS = {1: [None, *WIDE], 4: [None, Plan(16, 4), Plan(8, 4)],
          16: [None, *NARROW, Plan(16, 4)], 32: [None, *NARROW, Plan(4, 4)]}
+NESTED = "nf4, nested"  # With scales of 8 bits.
 CHECKS = [
     ("nf4", jnp.bfloat16, 1, Plan(16, 4)),
     ("nf4", jnp.bfloat16, 9, Plan(8, 8)),
@@ -57,6 +60,8 @@ CHECKS = [
     ("int4_affine", jnp.bfloat16, 5, Plan(8, 4)),
     ("nf4", jnp.bfloat16, 1, None),
     ("int4_affine", jnp.float16, 32, None),
+    (NESTED, jnp.bfloat16, 3, Plan(8, 2)),
+    (NESTED, jnp.bfloat16, 1, None),
 ]
 
 
@@ -83,24 +88,43 @@ def describe(plan: Plan | None) -> str:
 
 
 def draw(name: str, number: int, ins: int, columns: int):
-  """Random codes and statistics `[1, ...]`, `number` of each."""
+  """Random codes and statistics `[1, ...]`, `number` of each; of `NESTED`,
+  the scales, and then the same in 8 bits."""
   found = []
   for n in range(number):
-    keys = jax.random.split(jax.random.key(n), 3)
+    keys = jax.random.split(jax.random.key(n), 4)
     codes = jax.random.bits(keys[0], (1, ins // 2, columns), jnp.uint8)
     named = [jax.random.uniform(keys[1], (1, ins // BLOCK, columns),
                                 minval=1e-3, maxval=0.1)]
     if name == "int4_affine":
       named.append(-8 * named[0])
+    if name == NESTED:
+      blocks = (ins // BLOCK, columns)
+      inner = double.Nested(
+          jax.random.bits(keys[2], blocks, jnp.uint8),
+          jax.random.uniform(keys[3], (-(-math.prod(blocks) // 256),)),
+          jnp.float32(1.5))
+      named = [inner.dequantize()[None], inner.codes[None],
+               inner.nested_absmax[None], inner.offset[None],
+               jnp.asarray(double.dynamic_map())]
     found.append((codes, *named))
   return found
 
 
 @functools.lru_cache
 def kernel(name: str, plan: Plan | None):
-  return jax.jit(functools.partial(
-      matmul_gpu.matmul, levels=quant.FORMATS[name].levels(),
-      block_size=BLOCK, plan=plan))
+  """A function of `x`, codes and what `draw` has."""
+  cls = quant.FORMATS[name.partition(",")[0]]
+
+  @jax.jit
+  def run(x, codes, *statistics):
+    if len(statistics) > 2:
+      statistics = statistics[1:] if name == NESTED else statistics[:1]
+    return matmul_gpu.matmul(
+        x, codes, *statistics, levels=cls.levels(), block_size=BLOCK,
+        plan=plan)
+
+  return run
 
 
 def check(name, dtype, rows, plan) -> str:
@@ -109,15 +133,17 @@ def check(name, dtype, rows, plan) -> str:
   ins, columns = (1088, 1040) if plan else SHAPES[0]
   codes, *named = draw(name, 1, ins, columns)[0]
   x = jax.random.normal(jax.random.key(7), (1, rows, ins)).astype(dtype)
-  cls = quant.FORMATS[name]
+  form = name.partition(",")[0]
   body = matmul_gpu.body_for(
-      rows, ins, columns, BLOCK, dtype, cls.levels(), len(named) > 1, plan)
+      rows, ins, columns, BLOCK, dtype, quant.FORMATS[form].levels(), False,
+      plan)
   got, again = (kernel(name, plan)(x, codes, *named) for _ in range(2))
   digits = 2.0**-8 if dtype == jnp.bfloat16 else 2.0**-11
-  level = digits**len(body.terms) if name == "nf4" else 2.0**-22
+  level = digits**len(body.terms) if form == "nf4" else 2.0**-22
   # The reference adds in float32 as well.
   share, same = _compared(
-      x[0], codes[0], tuple(s[0] for s in named), got[0], again[0], name,
+      x[0], codes[0], tuple(s[0] for s in named[:2 if len(named) == 2 else 1]),
+      got[0], again[0], form,
       level + (ins + 64) * 2.0**-22, digits)
   if not share <= 1:  # NaN too.
     return f"WRONG: {share:.3g} of the bound"
@@ -157,7 +183,7 @@ def many(one):
 
 
 @jax.jit
-def plainly(x, codes, scales):
+def plainly(x, codes, scales, *_):
   cls = quant.FORMATS["nf4"]
   form = plain.Format(cls.decode, BLOCK, 2, cls.levels())
   w = dequantise.dequantise(codes[0], {"scales": scales[0]}, form, x.dtype)
@@ -168,12 +194,13 @@ def table(shape, pool, copy, limit, best) -> None:
   """Prints a shape's lines; the best go to `best`, by shape and rows."""
   ins, columns = shape
   packed = ins * columns // 2
-  weights = draw("nf4", -(-BYTES // packed), ins, columns)
+  weights = draw(NESTED, -(-BYTES // packed), ins, columns)
   programs = []
   for rows in ROWS:
     x = jax.random.normal(
         jax.random.key(rows), (1, rows, ins)).astype(jnp.bfloat16)
     ways = {describe(plan): kernel("nf4", plan) for plan in PLANS[rows]}
+    ways["default, nested"] = kernel(NESTED, None)
     if rows in (1, 16):
       ways["dequantise, then dot"] = plainly
     for way, one in ways.items():
