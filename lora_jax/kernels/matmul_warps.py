@@ -184,6 +184,7 @@ class Body:
       now, later = carry[sums:][:size], carry[sums + size:]
       far = self._load(op, op.add(chunk, WARPS * plan.ahead), stop, column,
                        group, quarter)
+      op.order()
       added = self._multiply(op, lookup, unnest, now, carry[:sums])
       return [*added, *later, *far]
 

@@ -187,7 +187,7 @@ class Thread:
     vector = f".v{words}" if words > 1 else ""
     outs = ", ".join(f"${n}" for n in range(words))
     outs = f"{{{outs}}}" if words > 1 else outs
-    load = f"ld.global.nc{hints}{vector}.b32 {outs}, [${words}];"
+    load = f"ld.global{hints}{vector}.b32 {outs}, [${words}];"
     at = self._where(name, offset)
     if isinstance(where, int):
       return self._asm([self._i32] * words, [at], load, effects=once)
@@ -246,6 +246,12 @@ class Thread:
         "@p ld.shared::cluster.b32 $0, [a]; }", effects=True)[0]
 
   # Control.
+
+  def order(self) -> None:
+    """Loads before this are on their way before what follows begins; loads
+    through the read-only path (`ld.global.nc`) would not heed it."""
+    self._asm([], [], "bar.warp.sync 0xffffffff;", effects=True,
+              together=True)
 
   def loop(
       self, start: Register, stop: Register, step: int,

@@ -174,6 +174,9 @@ class Warp:
     assert written[at][there].all()
     return np.where(there, memory[at], POISON)
 
+  def order(self):
+    pass
+
   def loop(self, start, stop, step, carry, body):
     (start,), (stop,) = ({*self._int(x).tolist()} for x in (start, stop))
     carry = list(carry)
