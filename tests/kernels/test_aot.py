@@ -143,12 +143,13 @@ def test_a_decoding_product_compiles(monkeypatch, place):
   w = jax.tree.map(lambda a: jax.ShapeDtypeStruct(
       a.shape, a.dtype, sharding=NamedSharding(
           mesh, P("tensor") if a.ndim == 2 else P())), w)
-  x = jax.ShapeDtypeStruct((2, 1, 512), jnp.bfloat16,
+  x = jax.ShapeDtypeStruct((3, 1, 512), jnp.bfloat16,
                            sharding=NamedSharding(mesh, P()))
   text = compiled(lambda x, w: quant.matmul(x, w), ds[0], x, w)
   assert calls(text, ds[0]) == 1 and "512,256]" not in text
   assert ("f32[8,256]" in text or "f32[2,256]" in text) == (len(ds) > 1)
-  assert COLLECTIVES.findall(text) == ["f32"] * (len(ds) > 1)
+  # The sum over shards; as a start and an end in jax 0.10.
+  assert set(COLLECTIVES.findall(text)) == ({"f32"} if len(ds) > 1 else set())
 
 
 def test_shapes_without_a_kernel_compile_all_the_same():
