@@ -147,7 +147,7 @@ def test_a_decoding_product_compiles(monkeypatch, place):
                            sharding=NamedSharding(mesh, P()))
   text = compiled(lambda x, w: quant.matmul(x, w), ds[0], x, w)
   assert calls(text, ds[0]) == 1 and "512,256]" not in text
-  assert ("f32[8,256]" in text or "f32[2,256]" in text) == (len(ds) > 1)
+  assert bool(re.search(r"f32\[(1,)?[82],256\]", text)) == (len(ds) > 1)
   # The sum over shards; as a start and an end in jax 0.10.
   assert set(COLLECTIVES.findall(text)) == ({"f32"} if len(ds) > 1 else set())
 
