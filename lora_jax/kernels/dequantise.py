@@ -94,7 +94,7 @@ class _Call:
     return values.reshape(*lead, -1, columns)
 
 
-def _not_hopper() -> bool:
+def not_hopper() -> bool:
   """Whether this machine's GPU is one that the kernel was not tried on. A
   machine without any compiles for another."""
   return jax.default_backend() == "gpu" and str(getattr(
@@ -192,7 +192,7 @@ def dequantise(
     fitting = [
         (platform, [name for name in names if call.applies(name, codes)])
         for platform, names in DEFAULTS.items()
-        if not (platform == "cuda" and _not_hopper())]
+        if not (platform == "cuda" and not_hopper())]
     platforms = tuple((platform, found[0]) for platform, found in fitting
                       if found)
     if len(platforms) < len(DEFAULTS):

@@ -76,6 +76,7 @@ def dequantise(
     levels: decode.Levels,
     block_size: int,
     dtype: Any,
+    below: int = 0,
     interpret: bool = False,
     table: jax.Array | None = None,
     layer: jax.Array | None = None,
@@ -91,6 +92,7 @@ def dequantise(
     levels: what a code stands for, before it is scaled.
     block_size: rows of a block.
     dtype: of the result, of 16 bits.
+    below: rows that the result has more, which are not written.
     interpret: True to run without a GPU.
     table: float32 `[256]`, the values of 8-bit codes, if there are any.
     layer: int32 `[]`: the only one to read, straight out of the stack.
@@ -104,7 +106,7 @@ def dequantise(
   shape = program_lib.Shape(
       layers if layer is None else 1, byte_rows, columns, block_size // 2,
       jnp.dtype(dtype), len(statistics) > 1, table is not None,
-      layer is not None)
+      layer is not None, below)
   arrays = [codes, *jax.tree.leaves(statistics)]
   if table is not None:
     arrays.append(table)
@@ -113,7 +115,7 @@ def dequantise(
   p = program_lib.program(shape, levels, variant)
   blocks, _ = shape.grid(variant)
   out_type = jax.ShapeDtypeStruct(
-      (shape.layers, 2 * byte_rows, columns), shape.dtype)
+      (shape.layers, 2 * byte_rows + below, columns), shape.dtype)
   if not interpret:
     return _launch(p, blocks, variant.warpgroups, out_type)(*arrays)
 

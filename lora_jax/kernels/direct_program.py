@@ -63,6 +63,7 @@ class Shape:
   minimums: bool = False
   nested: bool = False
   layer: bool = False
+  below: int = 0  # Rows of the result after each layer's weight.
 
   @property
   def blocks(self) -> int:
@@ -143,6 +144,8 @@ class _Tile:
     row = p.do("mul.lo.u32", part, rows)
     # Low nibbles of byte row `r` of a block are row `r`, high ones `r + half`.
     low = p.do("mad.lo.u32", block, shape.half, row)
+    if shape.below and shape.layers > 1:
+      low = p.do("mad.lo.u32", p.divide(block, shape.blocks), shape.below, low)
     self.target = p.at(p.at(operands[-1], low, 2 * shape.columns), column, 2)
 
     layer = within = ""

@@ -21,6 +21,7 @@ import jax
 from jax.experimental import custom_partitioning as cp
 from jax.extend import core
 from jax.interpreters import mlir
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
@@ -59,6 +60,11 @@ def rule(
        *[cp.ArrayMapping(*lead, "q", "o")] * statistics,
        *[cp.ArrayMapping(*lead, "n", "o")] * below),
       (cp.ArrayMapping(*lead, row, "o"),), **options)
+
+
+def _names(*axes: Any) -> set[str]:
+  return {name for axis in axes
+          for name in (axis if isinstance(axis, tuple) else (axis,))} - {None}
 
 
 def _shards(mesh: jax.sharding.Mesh, axis: Any) -> int:
@@ -112,6 +118,72 @@ def partitioned(
     del mesh, results
     statistics = len(operands) - 1 - below
     return rule(tuple(operands[0].shape), statistics, block_size, below)
+
+  def whole(*args):
+    return run(*args)
+
+  cut = cp.custom_partitioning(whole)
+  cut.def_partition(partition=partition, sharding_rule=sharding_rule)
+  return cut
+
+
+def product(
+    run: Callable[..., jax.Array], block_size: int
+) -> Callable[..., jax.Array]:
+  """`run(x [..., m, i], codes [..., i / 2, o], *statistics [..., q, o])`, cut
+  like the codes.
+
+  Where they are cut along `i`, the shards' products are added in float32; few
+  rows of `x` travel rather than the weight.
+
+  Args:
+    run: what computes `x @ w` `[..., m, o]` of a whole or a local shard.
+    block_size: rows of a block.
+
+  Returns:
+    The same function of global arrays.
+  """
+
+  def partition(mesh, arg_shapes, result_shape):
+    del result_shape
+    x, codes, *statistics = arg_shapes
+    shape = (*codes.shape[:-2], 2 * codes.shape[-2], codes.shape[-1])
+    spec = allowed(mesh, codes.sharding.spec, shape, block_size)
+    *lead, along, columns = spec
+    axes = [*x.sharding.spec, *[None] * (len(shape) - len(x.sharding.spec))]
+    rows = axes[-2] if not _names(axes[-2]) & _names(*spec) else None
+
+    def place(*axes):
+      return NamedSharding(mesh, PartitionSpec(*lead, *axes))
+
+    def shard(*args):
+      y = run(*args)
+      if along is None:
+        return y
+      names = along if isinstance(along, tuple) else (along,)
+      return jax.lax.psum(y.astype(jnp.float32), names).astype(y.dtype)
+
+    return mesh, shard, place(rows, columns), (
+        place(rows, along), *[place(along, columns)] * (1 + len(statistics)))
+
+  def sharding_rule(mesh, operands, results):
+    del mesh, results
+    of_weight = rule(tuple(operands[1].shape), len(operands) - 2, block_size)
+    *lead, row, _ = of_weight.result_mappings[0]
+    whole = "q" in of_weight.need_replication_factors
+    names = {n for mapping in (
+        *of_weight.operand_mappings, cp.ArrayMapping(*lead, row))
+             for axis in mapping for n in (
+                 axis if isinstance(axis, tuple) else (axis,))}
+    options: dict[str, Any] = {
+        n: size for n, size in of_weight.factor_sizes.items() if n in names}
+    return cp.SdyShardingRule(
+        (cp.ArrayMapping(*lead, "m", row), *of_weight.operand_mappings),
+        (cp.ArrayMapping(*lead, "m", "o"),),
+        reduction_factors=() if whole else ("q",),
+        # In the order of their first use.
+        need_replication_factors=("i", "b", "q") if whole else ("i", "b"),
+        **options)
 
   def whole(*args):
     return run(*args)

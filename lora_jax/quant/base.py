@@ -26,6 +26,7 @@ from lora_jax import struct
 from lora_jax import types
 from lora_jax.kernels import decode as decode_lib
 from lora_jax.kernels import dequantise
+from lora_jax.kernels import matmul
 from lora_jax.kernels import packing
 from lora_jax.kernels import plain
 from lora_jax.quant import double
@@ -194,8 +195,7 @@ class QuantizedArray:
     if self.ndim > 2:
       return jax.vmap(lambda w: w.dequantize(dtype))(self)
     run = functools.partial(
-        dequantise.dequantise, dtype=dtype, form=plain.Format(
-            self.decode, self.block_size, self.CODES_PER_BYTE, self.levels()))
+        dequantise.dequantise, dtype=dtype, form=self._form())
     if self.home is not None:
       mesh, spec = self.home
       # Kernels say nothing about which axes their results vary over.
@@ -205,8 +205,20 @@ class QuantizedArray:
       return run(self.codes, self.statistics())
     return run(self.codes, self.statistics(), below=below)
 
+  def _form(self) -> plain.Format:
+    return plain.Format(
+        self.decode, self.block_size, self.CODES_PER_BYTE, self.levels())
+
   def matmul(self, x: jax.Array) -> jax.Array:
     """`x [..., i] @ w` in `x`'s dtype -> `[..., o]`."""
+    if self.ndim == 2 and self.levels() is not None and self.home is None:
+      statistics = self.statistics()
+      nested: tuple[Any, ...] = ()
+      if isinstance(self.scales, double.Nested) and len(statistics) == 1:
+        s = self.scales
+        nested = (s.codes, s.nested_absmax, s.offset, double.dynamic_map())
+      return matmul.matmul(
+          x, self.codes, statistics, self._form(), nested=nested)
     return x @ self.dequantize(x.dtype)
 
   def matmul_transposed(self, g: jax.Array) -> jax.Array:

@@ -24,6 +24,8 @@ from lora_jax import types
 from lora_jax.kernels import dequantise
 from lora_jax.kernels import direct_gpu
 from lora_jax.kernels import mosaic_gpu
+from lora_jax.kernels import matmul
+from lora_jax.kernels import matmul_gpu
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
 from lora_jax.models import init
@@ -153,6 +155,69 @@ def test_a_scan_reads_its_layer_out_of_the_stack():
                     named["scales"], whole)
     assert calls(text, device) == 1
     assert ("u8[1,512,1024]" in text) == (not whole)
+FEW = {  # Format, rows of `x`, shape and block size of the weight.
+    "one row": ("nf4", 1, 1024, 576, 64, jnp.bfloat16),
+    "many, affine": ("int4_affine", 20, 576, 1536, 64, jnp.bfloat16),
+}
+
+
+@pytest.mark.parametrize("case", FEW)
+@pytest.mark.parametrize("place", [*TPUS, "h100"])
+def test_few_rows_compile(place, case):
+  """With the kernel, and without the weight."""
+  device = devices(place)[0]
+  name, rows, ins, columns, block, dtype = FEW[case]
+  cut = jax.sharding.SingleDeviceSharding(device)
+  names = ("scales", "minimums") if name == "int4_affine" else ("scales",)
+  codes, named = arguments((1, ins, columns), block, cut, names)
+  codes, named = jax.tree.map(lambda a: jax.ShapeDtypeStruct(
+      a.shape[1:], a.dtype, sharding=cut), (codes, named))
+  backend = "mosaic_gpu" if place == "h100" else "mosaic_tpu"
+
+  @jax.jit
+  def product(x, codes, named):
+    return matmul.matmul(
+        x, codes, named, one.form(name, block), backend=backend)
+
+  x = jax.ShapeDtypeStruct((rows, ins), dtype, sharding=cut)
+  text = compiled(product, device, x, codes, named)
+  assert calls(text, device) == 1
+  assert f"{ins},{columns}]" not in text
+
+
+@pytest.mark.parametrize("plan", [
+    matmul_gpu.Plan(4, 3, cluster=False, ahead=2, terms=1),
+    matmul_gpu.Plan(8, 4, decode="prmt")])
+def test_every_way_of_the_product_compiles(plan):
+  device = devices("h100")[0]
+  cut = jax.sharding.SingleDeviceSharding(device)
+  codes, named = arguments((2, 1024, 576), 64, cut)
+  x = jax.ShapeDtypeStruct((2, 3, 1024), jnp.float16, sharding=cut)
+  text = compiled(functools.partial(
+      matmul_gpu.matmul, levels=one.form("nf4", 64).levels, block_size=64,
+      plan=plan), device, x, codes, named["scales"])
+  assert calls(text, device) == 1
+
+
+@pytest.mark.parametrize("place", ["h100", "h100:4"])
+def test_a_decoding_product_compiles(monkeypatch, place):
+  """What `QuantizedArray.matmul` makes of the row in `DEFAULTS`: on one device
+  scales are decoded in the kernel, on several before it."""
+  monkeypatch.setattr(matmul, "DEFAULTS", {"cuda": "mosaic_gpu"})
+  ds = devices(place)
+  mesh = Mesh(np.asarray(ds), ("tensor",))
+  w = jax.eval_shape(lambda: quant.quantize(
+      jnp.zeros((512, 256)), quant.QuantSpec("nf4", 64)))
+  w = jax.tree.map(lambda a: jax.ShapeDtypeStruct(
+      a.shape, a.dtype, sharding=NamedSharding(
+          mesh, P("tensor") if a.ndim == 2 else P())), w)
+  x = jax.ShapeDtypeStruct((3, 1, 512), jnp.bfloat16,
+                           sharding=NamedSharding(mesh, P()))
+  text = compiled(lambda x, w: quant.matmul(x, w), ds[0], x, w)
+  assert calls(text, ds[0]) == 1 and "512,256]" not in text
+  assert bool(re.search(r"f32\[(1,)?[82],256\]", text)) == (len(ds) > 1)
+  # The sum over shards; as a start and an end in jax 0.10.
+  assert set(COLLECTIVES.findall(text)) == ({"f32"} if len(ds) > 1 else set())
 
 
 def test_shapes_without_a_kernel_compile_all_the_same():

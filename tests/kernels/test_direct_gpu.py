@@ -76,12 +76,15 @@ def test_layers_of_a_stack(stack, nested):
   else:
     statistics = [jax.vmap(double.unnest)(s) for s in statistics]
 
-  def run(layer=None):
+  def run(layer=None, below=0):
     return direct_gpu.dequantise(
         weights.codes, *statistics, levels=weights.levels(), block_size=64,
-        dtype=jnp.bfloat16, interpret=True, layer=layer, **how)
+        dtype=jnp.bfloat16, interpret=True, layer=layer, below=below, **how)
 
   np.testing.assert_array_equal(one.bits(run()), want)
+  taller = one.bits(run(below=7))
+  np.testing.assert_array_equal(taller[:, :128], want)
+  assert np.isnan(np.asarray(run(below=7)[:, 128:], np.float32)).all()
   each = jax.lax.map(run, jnp.arange(3))
   np.testing.assert_array_equal(one.bits(each[:, 0]), want)
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from lora_jax.kernels import dequantise
+from lora_jax.kernels import matmul
 from lora_jax.kernels import partition
 from tests.kernels import test_dequantise as one
 
@@ -31,6 +32,13 @@ SPECS = {
     "columns": P(None, None, "tensor"),
     "replicated": P(),
     "nine blocks": P(None, "fsdp", "tensor"),
+}
+# Of `x [8, 512]` and a weight `[512, 256]`, and the collectives of a product.
+PRODUCTS = {
+    "columns": (P("data"), P(None, "tensor"), []),
+    "rows": (P("data", "tensor"), P("tensor"), ["f32 all-reduce"]),
+    "both": (P("data", "fsdp"), P("fsdp", "tensor"), ["f32 all-reduce"]),
+    "replicated": (P("data"), P(), []),
 }
 
 
@@ -60,6 +68,17 @@ def test_shards_are_the_whole(report, case):
         "both on rows": (128, 256), "columns": (512, 128),
         "replicated": (512, 256)}[case]
     assert found["shard"][1:] == [rows, columns]
+
+
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_products_of_shards_add_up(report, case):
+  """Few rows travel, and the weight does not."""
+  found = report[f"product, {case}"]
+  assert found["error"] < 1e-5
+  assert found["collectives"] == PRODUCTS[case][2]
+  # A batch stays cut, and so do columns.
+  columns = 128 if "tensor" in PRODUCTS[case][1][1:] else 256
+  assert found["shard"] == [4, columns]
 
 
 def test_only_whole_blocks_are_cut():
@@ -99,6 +118,26 @@ def main() -> None:
     got = compiled(*placed)
     found[case] = {
         "equal": bool((one.bits(got) == want).all()),
+        "shard": list(got.sharding.shard_shape(got.shape)),
+        "collectives": [" ".join(m) for m in re.findall(
+            COLLECTIVE, compiled.as_text())]}
+  codes, named = one.stored("nf4", 512, 256, 64)
+  scales = np.nan_to_num(named["scales"])
+  x = np.random.default_rng(2).normal(size=(8, 512)).astype(np.float32)
+  w = one.expected("nf4", codes, {"scales": scales}, 64, np.float32)
+  for case, (of_x, of_w, _) in PRODUCTS.items():
+
+    def multiply(x, codes, scales):
+      return matmul.matmul(
+          x, codes, {"scales": scales}, one.form("nf4", 64),
+          backend="mosaic_tpu", interpret=True)
+
+    placed = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in (
+        (x, of_x), (codes, of_w), (scales, of_w))]
+    compiled = jax.jit(multiply).lower(*placed).compile()
+    got = compiled(*placed)
+    found[f"product, {case}"] = {
+        "error": float(np.abs(got - x @ w).max() / np.abs(x @ w).max()),
         "shard": list(got.sharding.shard_shape(got.shape)),
         "collectives": [" ".join(m) for m in re.findall(
             COLLECTIVE, compiled.as_text())]}
