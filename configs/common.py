@@ -92,6 +92,8 @@ def get_config() -> config_dict.ConfigDict:
   config.train.sample_tokens = 64
 
   config.optim = c()
+  # adamw, or adamw8bit: its moments in 2 bytes a parameter instead of 8.
+  config.optim.name = "adamw"
   config.optim.learning_rate = 2e-4
   config.optim.schedule = "cosine"  # linear constant wsd inverse_sqrt
   config.optim.warmup = 0.03  # steps, or a share of them below 1

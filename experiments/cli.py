@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 import difflib
+import importlib.util
 import logging as std_logging
 import os
 import pathlib
@@ -23,6 +24,9 @@ import jax
 
 from lora_jax import errors
 from lora_jax import processes
+
+# Of compiled programs; the ones unused for longest go first.
+CACHE_BYTES = 2 * 2**30
 
 # That torch is absent is no news here: nothing needs it.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -60,17 +64,36 @@ def connect() -> None:
 
 
 def cache_compilations() -> None:
-  """Keeps compiled programs between runs on a GPU or TPU.
+  """Keeps compiled programs between runs, in `xla` of the cache folder.
 
-  XLA tunes matrix products there for a minute or more. On a CPU compiling
-  takes seconds, and cached code is tied to the processor's features.
+  XLA tunes matrix products on a GPU for a minute or more; on a CPU compiling
+  a step takes longer than running it. What jax knows a program by includes
+  the processor's features, so that a cache moved to another one is not used,
+  but not the number of threads its loops were cut for: that has a folder of
+  its own. Environment variables of jax go before all of this; an empty
+  JAX_COMPILATION_CACHE_DIR turns it off.
   """
   from third_party import assets
 
-  known = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-  if jax.default_backend() != "cpu" and not known:
-    jax.config.update(
-        "jax_compilation_cache_dir", str(assets.cache_dir() / "xla"))
+  folder = assets.cache_dir() / "xla"
+  if jax.default_backend() == "cpu":
+    folder /= f"cpu-{len(os.sched_getaffinity(0))}"
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    writable = os.access(folder, os.W_OK)
+  except OSError:
+    writable = False
+  if not writable:
+    logging.debug("%s: not writable; compiled programs are not kept", folder)
+    return
+  values: dict[str, Any] = {
+      "jax_compilation_cache_dir": str(folder),
+      "jax_persistent_cache_min_compile_time_secs": 0.2}
+  if importlib.util.find_spec("filelock"):  # Without, jax cannot bound it.
+    values["jax_compilation_cache_max_size"] = CACHE_BYTES
+  for name, value in values.items():
+    if name.upper() not in os.environ:
+      jax.config.update(name, value)
 
 
 def _unraisable(report) -> None:

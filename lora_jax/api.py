@@ -317,7 +317,8 @@ class Model:
         settings=step_lib.Settings(
             dtype=self.dtype, remat=remat,
             noise=self.adapter_config.dropout > 0,
-            optim_dtype=precision.optim_dtype, mesh=self.mesh,
+            optim_dtype=precision.optim_dtype, optimizer=optim.name,
+            mesh=self.mesh,
             attention=self._attention("packed" if packing else "single")),
         key=jax.random.key(seed),
         place=self._place_batch,
@@ -327,7 +328,8 @@ class Model:
             lambda params, step: save_best(model(params), step)),
         sinks=sinks or sinks_lib.Sinks())
     outcome = loop.fit(
-        task, self._place(step_lib.init_state(params, precision, self.dtype)),
+        task, self._place(step_lib.init_state(
+            params, precision, self.dtype, optim.name)),
         config, pathlib.Path(workdir))
     return model(outcome.state.params), outcome
 

@@ -45,6 +45,17 @@ def paths(tree: types.Tree) -> dict[str, types.Array]:
   return {path_str(path): leaf for path, leaf in leaves}
 
 
+def stacked(tree: types.Tree) -> types.Tree:
+  """A bool for every leaf: whether it carries the scanned layers' `l` axis."""
+
+  def one(path, leaf):
+    del leaf
+    return any(getattr(k, "name", getattr(k, "key", None)) == "layers"
+               for k in path)
+
+  return jax.tree_util.tree_map_with_path(one, tree)
+
+
 def size(tree: types.Tree) -> int:
   """Number of elements in all leaves."""
   return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))

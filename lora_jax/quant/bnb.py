@@ -17,6 +17,7 @@ import numpy as np
 from lora_jax import errors
 from lora_jax.quant import codebook
 from lora_jax.quant import double
+from lora_jax.quant import dynamic
 from lora_jax.quant import fp4
 from lora_jax.quant import nf4
 
@@ -61,7 +62,7 @@ def to_bnb(
   absmax = w.scales
   if isinstance(absmax, double.Nested):
     tensors["weight.nested_absmax"] = np.asarray(absmax.nested_absmax)
-    tensors["weight.nested_quant_map"] = double.dynamic_map().copy()
+    tensors["weight.nested_quant_map"] = dynamic.table().copy()
     state |= {"nested_blocksize": double.BLOCK, "nested_dtype": "float32",
               "nested_offset": float(np.asarray(absmax.offset))}
     absmax = absmax.codes
@@ -133,7 +134,7 @@ def values(tensors: Mapping[str, np.ndarray]) -> np.ndarray:
   if "nested_offset" in state:
     nested = _nested(tensors, state, absmax)
     block = np.arange(absmax.size) // double.BLOCK
-    absmax = double.dynamic_map()[absmax] * nested.nested_absmax[block]
+    absmax = dynamic.table()[absmax] * nested.nested_absmax[block]
     absmax = absmax + nested.offset
   codes = np.stack([flat >> 4, flat & 15], axis=1).reshape(-1)[: rows * out]
   scales = np.repeat(absmax, state["blocksize"])[: codes.size]
@@ -183,7 +184,7 @@ def _nested(tensors: Mapping[str, np.ndarray], state: dict[str, Any],
     raise errors.UserError(
         f"nested_blocksize={state['nested_blocksize']} is not "
         f"{double.BLOCK}; dequantise the weight with bitsandbytes first")
-  _check_table(tensors, "weight.nested_quant_map", double.dynamic_map(), 1e-6)
+  _check_table(tensors, "weight.nested_quant_map", dynamic.table(), 1e-6)
   return double.Nested(
       codes=codes,
       nested_absmax=np.asarray(_get(tensors, "weight.nested_absmax")),

@@ -8,50 +8,18 @@ the nearest code; bitsandbytes' own on CPU misses it for 0.2% of the values.
 
 from __future__ import annotations
 
-import functools
 from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lora_jax import mesh as mesh_lib
 from lora_jax import struct
 from lora_jax import types
 from lora_jax.kernels import exact
+from lora_jax.quant import dynamic
 
 BLOCK = 256
-
-
-def _linspace(count: int) -> np.ndarray:
-  """float32 `[count]` from 0.1 to 1, rounded as torch does.
-
-  From both ends, each a fused multiply-add: float64 holds the product exactly.
-  """
-  start, end = np.float32(0.1), np.float32(1)
-  step = np.float64((end - start) / np.float32(count - 1))
-  index = np.arange(count)
-  values = np.where(index < count // 2,
-                    start + step * index, end - step * (count - 1 - index))
-  return values.astype(np.float32)
-
-
-@functools.cache
-def dynamic_map() -> np.ndarray:
-  """float32 `[256]`, ascending: bitsandbytes' `create_dynamic_map()`.
-
-  Seven decades from 1e-6 to 1; each has twice as many fractions as the one
-  below. Zero and 1 fill the two remaining places.
-  """
-  values = [np.asarray([0.0, 1.0], np.float32)]
-  for exponent in range(7):
-    edges = _linspace(2**exponent + 1)
-    means = (edges[:-1] + edges[1:]) / np.float32(2)
-    means = np.float32(10.0 ** (exponent - 6)) * means
-    values += [means, -means]
-  table = np.sort(np.concatenate(values))
-  table.flags.writeable = False
-  return table
 
 
 @struct.dataclass
@@ -59,7 +27,7 @@ class Nested:
   """Float32 `[q, o]` in 8 bits; the arrays may carry leading axes.
 
   Attributes:
-    codes: uint8 `[q, o]`, indices into `dynamic_map`.
+    codes: uint8 `[q, o]`, indices into `dynamic.table()`.
     nested_absmax: float32 `[ceil(q * o / 256)]`, one per 256 values in
       bitsandbytes' order, in which value `(n, o)` is number `o * q + n`.
     offset: float32 `[]`, the mean.
@@ -74,8 +42,7 @@ class Nested:
     rows, out = self.codes.shape
     # On the device: as a constant of the program it would be megabytes.
     number = jnp.arange(out)[None] * rows + jnp.arange(rows)[:, None]
-    table = jnp.asarray(dynamic_map())
-    value = table.at[self.codes].get(mode="promise_in_bounds")
+    value = dynamic.decode(self.codes)
     scale = jnp.asarray(self.nested_absmax)[number // BLOCK]
     return exact.rounded(value * scale) + self.offset
 
@@ -88,9 +55,7 @@ def nest(x: jax.Array) -> Nested:
   blocks = jnp.pad(flat, (0, -flat.size % BLOCK)).reshape(-1, BLOCK)
   absmax = jnp.max(jnp.abs(blocks), axis=1)
   unit = blocks * exact.reciprocal(absmax)[:, None]
-  table = dynamic_map()
-  middles = (table[:-1] + table[1:]) / np.float32(2)
-  codes = jnp.searchsorted(jnp.asarray(middles), unit).astype(jnp.uint8)
+  codes = dynamic.encode(unit)
   codes = codes.reshape(-1)[: flat.size].reshape(out, rows).T
   return Nested(codes=codes, nested_absmax=absmax, offset=offset)
 

@@ -1,4 +1,4 @@
-"""AdamW, schedules and clipping, with every number traced.
+"""Optimisers, schedules and clipping, with every number traced.
 
 A learning rate, a weight decay or a schedule is data, not program: a sweep
 over them compiles one step.
@@ -6,6 +6,7 @@ over them compiles one step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 
 import jax
@@ -15,8 +16,10 @@ import optax
 
 from lora_jax import errors
 from lora_jax import struct
+from lora_jax import trees
 from lora_jax import types
 from lora_jax.adapters import base as base_lib
+from lora_jax.train import adam8bit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +27,7 @@ class OptimConfig:
   """The `optim` block of a config.
 
   Attributes:
+    name: a key of `OPTIMIZERS`.
     learning_rate: peak learning rate.
     schedule: a key of `SCHEDULES`.
     warmup: steps of linear warm-up; below 1, a share of all steps.
@@ -38,6 +42,7 @@ class OptimConfig:
       LoRA+; 0 leaves it at `learning_rate`.
   """
 
+  name: str = "adamw"
   learning_rate: float = 2e-4
   schedule: str = "cosine"
   warmup: float = 0.03
@@ -53,6 +58,7 @@ class OptimConfig:
 
   def validate(self) -> OptimConfig:
     """Returns itself; raises `errors.UsageError` on a bad value."""
+    errors.choose("optim.name", self.name, OPTIMIZERS)
     errors.choose("optim.schedule", self.schedule, SCHEDULES)
     ranges = {
         "learning_rate": (0.0, 100.0), "warmup": (0.0, 1e9),
@@ -160,13 +166,9 @@ def decay_mask(params: types.Tree) -> types.Tree:
 
   Leaves of the scanned layers carry a leading `l` axis, which does not count.
   """
-
-  def matrix(path, leaf):
-    stacked = any(getattr(k, "name", getattr(k, "key", None)) == "layers"
-                  for k in path)
-    return leaf.ndim - stacked >= 2
-
-  return jax.tree_util.tree_map_with_path(matrix, params)
+  return jax.tree.map(
+      lambda leaf, stacked: leaf.ndim - stacked >= 2,
+      params, trees.stacked(params))
 
 
 def _scale_by_rates(values: Hyper) -> optax.GradientTransformation:
@@ -195,19 +197,27 @@ def _scale_by_rates(values: Hyper) -> optax.GradientTransformation:
   return optax.stateless(update)
 
 
+# What makes an update of a gradient: Adam's b1, b2 and eps, and how its first
+# moment is stored -> a transformation.
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": optax.scale_by_adam,
+    "adamw8bit": adam8bit.scale_by_adam,
+}
+
+
 def transform(
-    values: Hyper, mu_dtype: str = "float32"
+    values: Hyper, mu_dtype: str = "float32", name: str = "adamw"
 ) -> optax.GradientTransformation:
   """AdamW (arXiv 1711.05101) after clipping by global norm.
 
   Args:
     values: traced.
-    mu_dtype: how the first moment is stored.
+    mu_dtype: how the first moment is stored, where it is not in 8 bits.
+    name: a key of `OPTIMIZERS`.
   """
   return optax.chain(
       optax.clip_by_global_norm(values.clip_norm),
-      optax.scale_by_adam(
-          values.b1, values.b2, values.eps, mu_dtype=mu_dtype),
+      OPTIMIZERS[name](values.b1, values.b2, values.eps, mu_dtype=mu_dtype),
       optax.add_decayed_weights(values.weight_decay, decay_mask),
       _scale_by_rates(values),
   )

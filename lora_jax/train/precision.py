@@ -11,6 +11,7 @@ What is in which format under `compute.dtype`:
   their gradient, clipping    float32    float32    float32
   Adam's mu                   float32    float32    float32    optim_dtype
   Adam's nu                   float32    float32    float32
+  both under adamw8bit        uint8      uint8      uint8      optim.name
   loss scale                  none       none       dynamic
 
 float16 holds 6e-8 to 65504, and gradients of a mean over thousands of tokens

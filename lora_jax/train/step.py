@@ -54,6 +54,7 @@ class Settings:
     remat: a key of `models.remat.POLICIES`.
     noise: whether the adapters' dropout is drawn.
     optim_dtype: how Adam's first moment is stored.
+    optimizer: a key of `optim.OPTIMIZERS`.
     mesh: the devices that the trees are spread over, or None for one.
     attention: what computes attention, and the layout of the rows.
   """
@@ -62,6 +63,7 @@ class Settings:
   remat: str = "named"
   noise: bool = False
   optim_dtype: str = "float32"
+  optimizer: str = "adamw"
   mesh: Mesh | None = None
   attention: attention_lib.Options = attention_lib.Options(layout="packed")
 
@@ -70,6 +72,7 @@ def init_state(
     params: types.Tree,
     precision: precision_lib.Precision | None = None,
     dtype: str = "float32",
+    optimizer: str = "adamw",
 ) -> TrainState:
   """State before the first step; `params` is copied (steps donate it).
 
@@ -77,6 +80,7 @@ def init_state(
     params: trainable part of the adapters, float32.
     precision: how the state is stored.
     dtype: compute type of activations.
+    optimizer: a key of `optim.OPTIMIZERS`.
   """
   precision = precision or precision_lib.Precision()
   zero = optim.Hyper(*([jnp.float32(0)] * 6))
@@ -84,7 +88,8 @@ def init_state(
       step=jnp.int32(0),
       params=jax.tree.map(
           lambda p: jnp.array(p, precision.adapter_dtype), params),
-      opt_state=optim.transform(zero, precision.optim_dtype).init(params),
+      opt_state=optim.transform(
+          zero, precision.optim_dtype, optimizer).init(params),
       loss_scale=precision_lib.loss_scale(precision, dtype))
 
 
@@ -218,8 +223,9 @@ def train_step(
       scale=None if scaling is None else scaling.scale)
   norm = optax.global_norm(grads)
   finite = jnp.isfinite(value) & jnp.isfinite(norm)
-  updates, opt_state = optim.transform(hyper, settings.optim_dtype).update(
-      grads, state.opt_state, wide)
+  updates, opt_state = optim.transform(
+      hyper, settings.optim_dtype, settings.optimizer).update(
+          grads, state.opt_state, wide)
   params = precision_lib.store(
       key, optax.apply_updates(wide, updates), state.params)
   params, opt_state = jax.tree.map(

@@ -22,6 +22,7 @@ from lora_jax import mesh as mesh_lib
 from lora_jax import quant
 from lora_jax import trees
 from lora_jax import types
+from lora_jax.adapters import lora
 from lora_jax.evaluate import generate
 from lora_jax.evaluate import perplexity
 from lora_jax.models import config as config_lib
@@ -30,6 +31,7 @@ from lora_jax.models import hf
 from lora_jax.models import init
 from lora_jax.models import load
 from lora_jax.models import sharding
+from lora_jax.train import adam8bit
 from lora_jax.train import checkpoint
 from lora_jax.train import optim
 from lora_jax.train import step
@@ -273,11 +275,50 @@ def evaluation():
   return found
 
 
+def moments(name):
+  """Two updates of 8-bit moments on a mesh, against one device."""
+  mesh = make(name)
+  shapes = {"a": (2, 256, 16), "b": (2, 16, 512)}
+  rng = np.random.default_rng(0)
+  draw = lambda: {"layers": {"q_proj": lora.LoRA(
+      scale=None, rate=None, rank=None, **{
+          k: np.float32(rng.standard_normal(s)) for k, s in shapes.items()})}}
+  params, *grads = draw(), draw(), draw()
+  adam = adam8bit.scale_by_adam(0.9, 0.999, 1e-8)
+  found = {"unequal": [], "astray": []}
+
+  def update(grads, state):
+    return sharding.constrain(mesh, adam.update(grads, state))
+
+  state, placed = adam.init(params), sharding.put(mesh, adam.init(params))
+  cut = jax.jit(update)
+  for g in grads:
+    one, state = jax.jit(adam.update)(g, state)
+    many, placed = cut(sharding.put(mesh, g), placed)
+  where = trees.paths(sharding.shardings(mesh, placed))
+  found["updates"] = max(distances(one, many).values())
+  theirs = trees.paths(state)
+  for path, x in trees.paths(placed).items():
+    if not np.array_equal(x, theirs[path]):
+      found["unequal"].append(path)
+    if not x.sharding.is_equivalent_to(where[path], x.ndim):
+      found["astray"].append(path)
+  node = placed.mu["layers"]["q_proj"], placed.mu_absmax["layers"]["q_proj"]
+  found["shards"] = {
+      f"{k} {getattr(x, k).dtype}": list(
+          getattr(x, k).sharding.shard_shape(getattr(x, k).shape))
+      for k in shapes for x in node}
+  text = cut.lower(sharding.put(mesh, grads[0]), placed).compile().as_text()
+  found["collectives"] = [m[2] for m in COLLECTIVE.finditer(text)]
+  return found
+
+
 PARTS = {
     "equality": lambda folder: equality(folder, CASES),
     "loading": lambda folder: loading(folder / "model"),
     "evaluation": lambda folder: evaluation(),
     "housed": lambda folder: housed(),
+    "moments": lambda folder: moments("mixed"),
     # Without rematerialisation nothing gathered may be kept either.
     "collectives fsdp": lambda folder: collectives("fsdp", "none"),
     "collectives tensor": lambda folder: collectives("tensor", "named"),

@@ -103,6 +103,17 @@ def test_codes_are_gathered_not_floats(report, mesh):
   assert len(codes) >= 14
 
 
+def test_blocks_of_moments_are_cut_as_their_parameters(report):
+  """8-bit Adam: the same codes, and no value leaves its device."""
+  found = report["moments"]
+  assert not found["unequal"] and not found["astray"]
+  assert found["updates"] <= 1e-6
+  assert found["shards"] == {
+      "a uint8": [2, 128, 16], "a float32": [2, 8, 1],
+      "b uint8": [2, 16, 256], "b float32": [2, 16, 1]}
+  assert not found["collectives"]
+
+
 def test_loading_in_parts(report):
   result = report["loading"]
   assert result["fingerprints"][0] == result["fingerprints"][1]

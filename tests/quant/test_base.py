@@ -9,7 +9,7 @@ import pytest
 
 from lora_jax import errors
 from lora_jax import quant
-from lora_jax.quant import double
+from lora_jax.quant import dynamic
 from tests.quant import reference
 
 FORMATS = list(quant.FORMATS)
@@ -83,7 +83,7 @@ def test_dequantised_bits_equal_numpys_in_jit_and_scan(name, nested, dtype):
   stack = quant.quantize(w, spec)
   layers = [jax.tree.map(lambda x, i=i: x[i], stack) for i in range(2)]
   expected = np.stack([
-      reference.dequantize(name, layer, double.dynamic_map())
+      reference.dequantize(name, layer, dynamic.table())
       for layer in layers])
   expected = expected.astype(jnp.dtype(dtype)).astype(np.float32)
 

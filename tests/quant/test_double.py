@@ -1,17 +1,13 @@
-"""The 8-bit dynamic map and the nested statistics."""
+"""The nested statistics."""
 
 from __future__ import annotations
-
-import hashlib
 
 import jax
 import numpy as np
 import pytest
 
 from lora_jax.quant import double
-
-# Of bitsandbytes 0.50.2, create_dynamic_map().numpy().tobytes().
-MAP_SHA256 = "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
+from lora_jax.quant import dynamic
 
 nest = jax.jit(double.nest)
 
@@ -19,18 +15,6 @@ nest = jax.jit(double.nest)
 def statistics(q=9, out=96, seed=0):
   rng = np.random.default_rng(seed)
   return np.float32(2.6 + 0.4 * rng.standard_normal((q, out)))
-
-
-def test_the_map_is_bitsandbytes_map():
-  table = double.dynamic_map()
-  assert hashlib.sha256(table.tobytes()).hexdigest() == MAP_SHA256
-  assert (np.diff(table) > 0).all() and table[127] == 0 and table[255] == 1
-
-
-def test_the_map_against_the_installed_bitsandbytes():
-  functional = pytest.importorskip("bitsandbytes.functional")
-  np.testing.assert_array_equal(
-      double.dynamic_map(), functional.create_dynamic_map().numpy())
 
 
 def test_order_blocks_and_offset():
@@ -49,7 +33,7 @@ def test_the_encoder_takes_the_nearest_code():
   got = nest(x)
   centred = np.float64((x - np.float32(got.offset)).T.reshape(-1, 256))
   scale = np.float64(got.nested_absmax)[:, None]
-  table = np.float64(double.dynamic_map())
+  table = np.float64(dynamic.table())
   grid = table[None, None] * scale[:, :, None]
   error = np.abs(centred[:, :, None] - grid)
   codes = np.asarray(got.codes).T.reshape(-1, 256)
