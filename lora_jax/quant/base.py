@@ -30,6 +30,7 @@ from lora_jax.kernels import matmul
 from lora_jax.kernels import packing
 from lora_jax.kernels import plain
 from lora_jax.quant import double
+from lora_jax.quant import dynamic
 
 # A block size that no weight exceeds: every column is one block.
 WHOLE = 2**30
@@ -216,7 +217,7 @@ class QuantizedArray:
       nested: tuple[Any, ...] = ()
       if isinstance(self.scales, double.Nested) and len(statistics) == 1:
         s = self.scales
-        nested = (s.codes, s.nested_absmax, s.offset, double.dynamic_map())
+        nested = (s.codes, s.nested_absmax, s.offset, dynamic.table())
       return matmul.matmul(
           x, self.codes, statistics, self._form(), nested=nested)
     return x @ self.dequantize(x.dtype)

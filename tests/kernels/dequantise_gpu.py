@@ -27,6 +27,7 @@ from lora_jax.kernels import direct_gpu
 from lora_jax.kernels import mosaic_gpu
 from lora_jax.kernels import plain
 from lora_jax.quant import double
+from lora_jax.quant import dynamic
 from tests.kernels import gpu_check
 
 SHAPES = [(4096, 4096), (4096, 11008), (14336, 4096), (8192, 28672)]
@@ -111,7 +112,7 @@ def doubly(inside: bool, variant: Variant) -> Callable[..., jax.Array]:
     given = scales.codes, scales.nested_absmax, scales.offset
     return direct_gpu.dequantise(
         codes, given, levels=form("nf4").levels, block_size=BLOCK,
-        dtype=jnp.bfloat16, table=jnp.asarray(double.dynamic_map()),
+        dtype=jnp.bfloat16, table=jnp.asarray(dynamic.table()),
         variant=variant)
 
   return jax.jit(run)
@@ -280,7 +281,7 @@ def time_layers(rows: int, columns: int, limit: float) -> None:
   doubly_ = [
       ("nested, XLA before, cut", outside),
       ("nested inside, placed", lambda n, c, s: direct(
-          c, within(s), layer=n, table=jnp.asarray(double.dynamic_map())))]
+          c, within(s), layer=n, table=jnp.asarray(dynamic.table())))]
   rows_ = [*[(*row, named) for row in plainly],
            *[(*row, scales) for row in doubly_],
            ("mosaic (now), cut", mosaic, named)]  # Compiles longest.

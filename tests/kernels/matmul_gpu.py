@@ -29,6 +29,7 @@ from lora_jax.kernels import dequantise
 from lora_jax.kernels import matmul_gpu
 from lora_jax.kernels import plain
 from lora_jax.quant import double
+from lora_jax.quant import dynamic
 
 Plan = matmul_gpu.Plan
 START = time.perf_counter()
@@ -106,7 +107,7 @@ def draw(name: str, number: int, ins: int, columns: int):
           jnp.float32(1.5))
       named = [inner.dequantize()[None], inner.codes[None],
                inner.nested_absmax[None], inner.offset[None],
-               jnp.asarray(double.dynamic_map())]
+               jnp.asarray(dynamic.table())]
     found.append((codes, *named))
   return found
 

@@ -23,9 +23,9 @@ from lora_jax import quant
 from lora_jax import types
 from lora_jax.kernels import dequantise
 from lora_jax.kernels import direct_gpu
-from lora_jax.kernels import mosaic_gpu
 from lora_jax.kernels import matmul
 from lora_jax.kernels import matmul_gpu
+from lora_jax.kernels import mosaic_gpu
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
 from lora_jax.models import init

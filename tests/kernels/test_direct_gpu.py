@@ -18,6 +18,7 @@ from lora_jax.kernels import direct_gpu
 from lora_jax.kernels import ptx
 from lora_jax.kernels import ptx_levels
 from lora_jax.quant import double
+from lora_jax.quant import dynamic
 from tests.kernels import test_dequantise as one
 
 Variant = direct_gpu.Variant
@@ -71,7 +72,7 @@ def test_layers_of_a_stack(stack, nested):
     statistics.append(weights.minimums)
   how = {}
   if nested:
-    how["table"] = jnp.asarray(double.dynamic_map())
+    how["table"] = jnp.asarray(dynamic.table())
     statistics = [(s.codes, s.nested_absmax, s.offset) for s in statistics]
   else:
     statistics = [jax.vmap(double.unnest)(s) for s in statistics]

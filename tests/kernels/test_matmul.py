@@ -20,7 +20,7 @@ from lora_jax.kernels import dequantise
 from lora_jax.kernels import matmul
 from lora_jax.kernels import matmul_gpu
 from lora_jax.kernels import matmul_warps
-from lora_jax.quant import double
+from lora_jax.quant import dynamic
 from tests.kernels import test_dequantise as one
 from tests.kernels import warps
 from tests.quant import reference
@@ -116,7 +116,7 @@ def test_nested_scales_are_decoded_in_the_kernel():
       "scales": np.asarray(stack.scales.codes),
       "absmax": np.asarray(stack.scales.nested_absmax),
       "offset": np.asarray(stack.scales.offset),
-      "map": double.dynamic_map()})
+      "map": dynamic.table()})
   w = np.asarray(stack.dequantize())
   assert stack.scales.nested_absmax.shape == (2, 5)
   check(got, x, w, BF16**2, nans=0)
