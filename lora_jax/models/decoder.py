@@ -34,6 +34,7 @@ from lora_jax.models import layers as layers_lib
 from lora_jax.models import remat as remat_lib
 from lora_jax.models import rope
 from lora_jax.models import sharding
+from lora_jax.models import tiles
 
 _name = ad_checkpoint.checkpoint_name
 
@@ -85,6 +86,7 @@ class Context:
     local: cos and sin of the layers with a window, or None if they are the
       same.
     attention: static; what computes attention, and the layout of the rows.
+    mlp_tiles: static; see `tiles.over_tokens`.
   """
 
   cos: types.Array
@@ -97,6 +99,7 @@ class Context:
   local: tuple[types.Array, types.Array] | None = None
   attention: attention_lib.Options = struct.field(
       pytree_node=False, default=attention_lib.Options())
+  mlp_tiles: int = struct.field(pytree_node=False, default=1)
 
 
 def layer(
@@ -126,7 +129,7 @@ def layer(
   """
   b, t, _ = hidden.shape
 
-  def project(x, name):
+  def project(x, name, noise=noise):
     draw = None if noise is None else noise.for_target(name)
     return _linear(x, weights[name], adapters.get(name), draw)
 
@@ -162,10 +165,14 @@ def layer(
   mid = _name(hidden + o, "mid")
   x = norm(mid, "pre_feedforward_layernorm" if config.post_norms
            else "post_attention_layernorm")
-  gate = _name(project(x, "gate_proj"), "gate")
-  up = _name(project(x, "up_proj"), "up")
-  activate = layers_lib.ACTIVATIONS[config.activation]
-  out = project(activate(gate) * up, "down_proj")
+
+  def mlp(x, noise):
+    gate = _name(project(x, "gate_proj", noise), "gate")
+    up = _name(project(x, "up_proj", noise), "up")
+    activate = layers_lib.ACTIVATIONS[config.activation]
+    return project(activate(gate) * up, "down_proj", noise)
+
+  out = tiles.over_tokens(mlp, x, noise, context.mlp_tiles)
   if config.post_norms:
     out = norm(_name(out, "down_out"), "post_feedforward_layernorm")
   return mid + out, cached
@@ -185,6 +192,7 @@ def forward(
     remat: str = "none",
     mesh: Any = None,
     attention: attention_lib.Options = attention_lib.Options(),
+    mlp_tiles: int = 1,
 ) -> tuple[types.Array, cache_lib.Cache | None]:
   """Hidden states of a batch of rows, packed or padded, cached or not.
 
@@ -203,6 +211,7 @@ def forward(
       used (`sharding.gathered`); static. None leaves them where they are.
     attention: static; what computes attention, and what is known of the
       layout of the rows. With a cache, any but `any` says that it was empty.
+    mlp_tiles: static; into how many tiles of tokens a row is cut for the MLP.
 
   Returns:
     `[b, t, d]` after the final norm, in `dtype`, and the cache with these
@@ -229,7 +238,8 @@ def forward(
       kv_positions=kv_positions, kv_segments=kv_segments, slots=slots,
       local=turns(local) if local else None,
       attention=dataclasses.replace(
-          attention, windows=tuple(sorted(set(windows or ())))))
+          attention, windows=tuple(sorted(set(windows or ())))),
+      mlp_tiles=mlp_tiles)
 
   def body(hidden, xs):
     index, weights, layer_adapters, window, cached = xs
