@@ -130,9 +130,11 @@ def precision(config: Config) -> precision_lib.Precision:
 
 def memory(config: Config) -> memory_lib.MemoryConfig:
   """The `memory` block, and `compute.mlp_tiles`."""
-  return _fields(
+  found = _fields(
       memory_lib.MemoryConfig, config["memory"],
       mlp_tiles=config["compute"]["mlp_tiles"]).validate()
+  found.parts(config["train"]["batch_size"])
+  return found
 
 
 def log(config: Config) -> sinks_lib.LogConfig:

@@ -78,6 +78,21 @@ class MemoryConfig:
   def chooses(self) -> bool:
     return self.auto or self.budget_gib > 0
 
+  def parts(self, b: int) -> int:
+    """Into how many the b rows of a batch are cut; 1 if that is open.
+
+    Raises:
+      errors.UsageError: if `micro_batch` does not divide them.
+    """
+    rows = self.micro_batch or b
+    if b % rows:
+      divisor = min((n for n in range(1, b + 1) if b % n == 0),
+                    key=lambda n: abs(n - rows))
+      raise errors.UsageError(
+          f"memory.micro_batch={rows} does not divide train.batch_size={b}; "
+          f"use {divisor}")
+    return b // rows
+
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
@@ -142,21 +157,12 @@ def start(
   """What the config says; where it leaves something open, the default.
 
   Raises:
-    errors.UsageError: if `memory.micro_batch` does not divide b.
+    errors.UsageError: see `MemoryConfig.parts`.
   """
-  if config.micro_batch and b % config.micro_batch:
-    raise errors.UsageError(
-        f"memory.micro_batch={config.micro_batch} does not divide "
-        f"train.batch_size={b}; use {_nearest_divisor(b, config.micro_batch)}")
   return Choice(
       remat="named" if settings.remat == "auto" else settings.remat,
       mlp_tiles=config.mlp_tiles or 1, offload=settings.offload,
-      parts=b // (config.micro_batch or b))
-
-
-def _nearest_divisor(b: int, wanted: int) -> int:
-  return min((n for n in range(1, b + 1) if b % n == 0),
-             key=lambda n: abs(n - wanted))
+      parts=config.parts(b))
 
 
 def candidates(

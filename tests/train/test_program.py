@@ -16,7 +16,6 @@ from lora_jax import adapters as adapters_lib
 from lora_jax import errors
 from lora_jax import types
 from lora_jax.models import init
-from lora_jax.train import footprint
 from lora_jax.train import loop
 from lora_jax.train import memory
 from lora_jax.train import optim
@@ -25,7 +24,7 @@ from lora_jax.train import step as step_lib
 from tests import tiny
 
 CONFIG = dataclasses.replace(
-    tiny.CONFIGS["llama"], d_model=32, d_ff=128, n_layers=3)
+    tiny.CONFIGS["llama"], d_model=32, d_ff=128, n_layers=10)
 B, T, STEPS = 4, 32, 6
 REAL_STEP = step_lib.train_step
 EXHAUSTED = "RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes."
