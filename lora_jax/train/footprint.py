@@ -111,7 +111,8 @@ class Step:
     devices; the step is only traced."""
     settings = dataclasses.replace(
         self.settings, remat=remat, mlp_tiles=mlp_tiles, mesh=None)
-    rows = jax.tree.map(lambda x: x[0], self.batch)
+    rows = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self.batch)
     lead = self.model.n_layers, rows.tokens.shape[0]
     t = rows.tokens.shape[1]
 
