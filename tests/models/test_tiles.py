@@ -41,10 +41,14 @@ def test_a_function_of_tokens_by_hand():
       tiles.over_tokens(lambda x, noise: x + 1, x, None, 3), x + 1)
 
 
+# It norms, and keeps, what comes out of the MLP.
+FAMILY = "gemma2"
+
+
 @functools.cache
-def setup(family):
+def setup():
   """(config, base, trainable, frozen); dropout in the MLP's adapters."""
-  config = tiny.CONFIGS[family]
+  config = tiny.CONFIGS[FAMILY]
   base = init.random_base(jax.random.key(0), config)
   tree = tiny.random_adapters(config, base, adapters_lib.AdapterConfig(
       rank=2, alpha=4.0, dropout=0.4, targets="mlp"))
@@ -69,13 +73,11 @@ def value_and_grads(config, remat, n, params, frozen, base):
   return jax.value_and_grad(total, has_aux=True)((params, base.embed_tokens))
 
 
-# Gemma norms and keeps what comes out of the MLP.
-@pytest.mark.parametrize("family, remat", [
-    ("gemma2", "named"), ("llama", "full")])
-def test_gradients_are_those_of_the_whole(family, remat):
-  config, base, params, frozen = setup(family)
+@pytest.mark.parametrize("remat", ["named", "full"])
+def test_gradients_are_those_of_the_whole(remat):
+  config, base, params, frozen = setup()
   (_, hidden), grads = value_and_grads(
-      config, remat, 1, params, frozen, base)
+      config, "none", 1, params, frozen, base)
   (_, tiled), ours = value_and_grads(config, remat, 4, params, frozen, base)
   assert tiny.distance(tiled, hidden) <= 2e-6
   for got, want in zip(jax.tree.leaves(ours), jax.tree.leaves(grads)):
