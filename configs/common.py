@@ -146,9 +146,21 @@ def get_config() -> config_dict.ConfigDict:
   # float16 only: first scale of the loss, finite steps until it doubles.
   config.compute.loss_scale = 32768.0
   config.compute.loss_scale_interval = 2000
-  config.compute.remat = "named"  # none dots named full
+  # none dots named full; auto is named, unless the memory block needs others.
+  config.compute.remat = "auto"
+  # Tiles of tokens in which each MLP is computed; 0: 1, or what memory needs.
+  config.compute.mlp_tiles = 0
   # auto plain cudnn tokamax splash; auto takes the fastest that can.
   config.compute.attention = "auto"
+
+  # What makes a step fit: compute.remat, compute.mlp_tiles and micro-batches
+  # are chosen, fastest first, as far as they are left at auto or 0. Loss and
+  # gradients stay the same to rounding.
+  config.memory = c()
+  # GiB of each device that training may take, e.g. 24.0; 0 is what it has.
+  config.memory.budget_gib = 0.0
+  config.memory.auto = False  # choose; a budget implies it
+  config.memory.micro_batch = 0  # rows of batch_size at a time; 0: chosen, all
   return config
 
 

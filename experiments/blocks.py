@@ -18,6 +18,7 @@ from lora_jax.kernels import attention
 from lora_jax.models import hf
 from lora_jax.models import remat
 from lora_jax.train import loop
+from lora_jax.train import memory as memory_lib
 from lora_jax.train import optim as optim_lib
 from lora_jax.train import precision as precision_lib
 from lora_jax.train import sinks as sinks_lib
@@ -127,6 +128,15 @@ def precision(config: Config) -> precision_lib.Precision:
   return _fields(precision_lib.Precision, config["compute"]).validate()
 
 
+def memory(config: Config) -> memory_lib.MemoryConfig:
+  """The `memory` block, and `compute.mlp_tiles`."""
+  found = _fields(
+      memory_lib.MemoryConfig, config["memory"],
+      mlp_tiles=config["compute"]["mlp_tiles"]).validate()
+  found.parts(config["train"]["batch_size"])
+  return found
+
+
 def log(config: Config) -> sinks_lib.LogConfig:
   return _fields(sinks_lib.LogConfig, config["log"]).validate()
 
@@ -150,7 +160,7 @@ def check(config: Config) -> None:
     errors.UsageError: for the first value that cannot be.
   """
   for build in (quant, skip, adapter, train, optim, precision, base_dtype,
-                log):
+                memory, log):
     build(config)
   errors.choose("compute.remat", config["compute"]["remat"], remat.POLICIES)
   errors.choose("compute.attention", config["compute"]["attention"],

@@ -83,6 +83,8 @@ def summary(
       "compiles": outcome.compiles,
       "peak_host_bytes": peak_host_bytes(),
       "peak_device_bytes": peak_device_bytes(),
+      # Predicted; None where nothing was asked.
+      "step_device_bytes": outcome.plan and outcome.plan.need,
   }
 
 

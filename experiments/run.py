@@ -73,12 +73,15 @@ def open_workdir(folder: pathlib.Path, config: dict[str, Any]) -> None:
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
   """What of a config decides the result.
 
-  Not where metrics are shown, and not the devices: a run may go on on others.
-  A field that the run's version did not have yet has its default.
+  Not where metrics are shown, and not the devices, nor how a step fits in
+  them: a run may go on on others. A field that the run's version did not have
+  yet has its default.
   """
   whole = _filled(config, common.get_config().to_dict())
+  whole["compute"] = {name: value for name, value in whole["compute"].items()
+                      if name not in ("remat", "mlp_tiles")}
   return {name: block for name, block in whole.items()
-          if name not in ("log", "mesh", "distributed")}
+          if name not in ("log", "mesh", "distributed", "memory")}
 
 
 def _filled(config: Any, defaults: Any) -> Any:
@@ -148,7 +151,7 @@ def _execute(config, folder, sinks):
       rows, held_out, workdir=folder, config=train,
       optim=blocks.optim(config), max_length=config["data"]["max_length"],
       packing=config["data"]["packing"], remat=config["compute"]["remat"],
-      precision=blocks.precision(config),
+      precision=blocks.precision(config), memory=blocks.memory(config),
       seed=config["seed"], sample=sample if asked else None, save_best=save,
       sinks=sinks)
   if held_out is None:
@@ -176,6 +179,12 @@ def finish(
           f"{found['eval_loss_change']:+.4f}, 95% interval [{low:+.4f}, "
           f"{high:+.4f}] over {found['eval_rows']} rows; perplexity "
           f"{found['perplexity']:.2f}")
+  if found["peak_device_bytes"]:
+    predicted = found["step_device_bytes"]
+    print(f"peak memory of the device "
+          f"{found['peak_device_bytes'] / 2**30:.2f} GiB" + (
+              f"; of a step {predicted / 2**30:.2f} predicted"
+              if predicted else ""))
   print(f"{found['trainable_parameters']:,} of {found['total_parameters']:,} "
         f"parameters trained; {found['wall_seconds']:.0f} s, peak memory "
         f"{found['peak_host_bytes'] / 2**30:.2f} GiB; see {folder}")

@@ -50,6 +50,7 @@ from lora_jax.models import modules
 from lora_jax.models import resize
 from lora_jax.models import sharding
 from lora_jax.train import loop
+from lora_jax.train import memory as memory_lib
 from lora_jax.train import optim as optim_lib
 from lora_jax.train import precision as precision_lib
 from lora_jax.train import sinks as sinks_lib
@@ -259,7 +260,8 @@ class Model:
       optim: optim_lib.OptimConfig | None = None,
       max_length: int | None = None,
       packing: bool = True,
-      remat: str = "named",
+      remat: str = "auto",
+      memory: memory_lib.MemoryConfig | None = None,
       precision: precision_lib.Precision | None = None,
       seed: int = 0,
       sample: Callable[[Model], list[str]] | None = None,
@@ -277,6 +279,7 @@ class Model:
       max_length: tokens of a batch row; the longest of `rows` by default.
       packing: several examples a row.
       remat: what the backward pass keeps, a key of `models.remat.POLICIES`.
+      memory: how a step is made to fit in the device's.
       precision: how the state is stored, and float16's loss scale.
       seed: of order and dropout.
       sample: generates texts at the start and the end.
@@ -314,6 +317,7 @@ class Model:
         learning_rates=optim_lib.learning_rates(optim, config.steps),
         optim=optim,
         base_digest=self.replaced,
+        memory=(memory or memory_lib.MemoryConfig()).validate(),
         settings=step_lib.Settings(
             dtype=self.dtype, remat=remat,
             noise=self.adapter_config.dropout > 0,

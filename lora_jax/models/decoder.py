@@ -34,6 +34,7 @@ from lora_jax.models import layers as layers_lib
 from lora_jax.models import remat as remat_lib
 from lora_jax.models import rope
 from lora_jax.models import sharding
+from lora_jax.models import tiles
 
 _name = ad_checkpoint.checkpoint_name
 
@@ -86,6 +87,7 @@ class Context:
       same.
     attention: static; what computes attention, and the layout of the rows.
     join: static; see `adapters.project_all`.
+    mlp_tiles: static; see `tiles.over_tokens`.
   """
 
   cos: types.Array
@@ -99,6 +101,7 @@ class Context:
   attention: attention_lib.Options = struct.field(
       pytree_node=False, default=attention_lib.Options())
   join: bool = struct.field(pytree_node=False, default=False)
+  mlp_tiles: int = struct.field(pytree_node=False, default=1)
 
 
 def layer(
@@ -128,7 +131,7 @@ def layer(
   """
   b, t, _ = hidden.shape
 
-  def project(x, *names, save=None):
+  def project(x, *names, save=None, noise=noise):
     return _linears(
         x, [weights[name] for name in names],
         [adapters.get(name) for name in names],
@@ -168,9 +171,15 @@ def layer(
   mid = _name(hidden + o, "mid")
   x = norm(mid, "pre_feedforward_layernorm" if config.post_norms
            else "post_attention_layernorm")
-  gate, up = project(x, "gate_proj", "up_proj", save="gate_up")
-  activate = layers_lib.ACTIVATIONS[config.activation]
-  out, = project(activate(gate) * up, "down_proj")
+
+  def mlp(x, noise):
+    gate, up = project(
+        x, "gate_proj", "up_proj", save="gate_up", noise=noise)
+    activate = layers_lib.ACTIVATIONS[config.activation]
+    out, = project(activate(gate) * up, "down_proj", noise=noise)
+    return out
+
+  out = tiles.over_tokens(mlp, x, noise, context.mlp_tiles)
   if config.post_norms:
     out = norm(_name(out, "down_out"), "post_feedforward_layernorm")
   return mid + out, cached
@@ -190,6 +199,7 @@ def forward(
     remat: str = "none",
     mesh: Any = None,
     attention: attention_lib.Options = attention_lib.Options(),
+    mlp_tiles: int = 1,
 ) -> tuple[types.Array, cache_lib.Cache | None]:
   """Hidden states of a batch of rows, packed or padded, cached or not.
 
@@ -208,6 +218,7 @@ def forward(
       used (`sharding.gathered`); static. None leaves them where they are.
     attention: static; what computes attention, and what is known of the
       layout of the rows. With a cache, any but `any` says that it was empty.
+    mlp_tiles: static; into how many tiles of tokens a row is cut for the MLP.
 
   Returns:
     `[b, t, d]` after the final norm, in `dtype`, and the cache with these
@@ -235,7 +246,8 @@ def forward(
       local=turns(local) if local else None,
       attention=dataclasses.replace(
           attention, windows=tuple(sorted(set(windows or ())))),
-      join=_joins(dtype, mesh, cache))
+      join=_joins(dtype, mesh, cache),
+      mlp_tiles=mlp_tiles)
 
   def body(hidden, xs):
     index, weights, layer_adapters, window, cached = xs

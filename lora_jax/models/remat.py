@@ -6,6 +6,7 @@
          pass reads, so that only norms, softmax and products of elements
          are computed again
   full   the layer's input only
+  auto   named, where nothing else is chosen (`train.memory`)
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ POLICIES: dict[str, Any] = {
     "named": jax.checkpoint_policies.save_only_these_names(*NAMES),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+POLICIES["auto"] = POLICIES["named"]
 
 
 def wrap(function: Callable, policy: str, gathers: bool = False) -> Callable:

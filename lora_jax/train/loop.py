@@ -23,7 +23,9 @@ from lora_jax import types
 from lora_jax.models import config as config_lib
 from lora_jax.train import checkpoint as checkpoint_lib
 from lora_jax.train import compiles as compiles_lib
+from lora_jax.train import memory as memory_lib
 from lora_jax.train import optim as optim_lib
+from lora_jax.train import program as program_lib
 from lora_jax.train import progress as progress_lib
 from lora_jax.train import sinks as sinks_lib
 from lora_jax.train import step as step_lib
@@ -97,6 +99,7 @@ class Task:
     base_digest: of base weights that were replaced at the start (see
       `adapters.starts`), or None. Checkpoints do not hold them: whoever goes
       on must have come to the same.
+    memory: how a step is made to fit.
   """
 
   model: config_lib.ModelConfig
@@ -113,6 +116,8 @@ class Task:
   save_best: Callable[[types.Tree, int], None] | None = None
   sinks: sinks_lib.Sinks = dataclasses.field(default_factory=sinks_lib.Sinks)
   base_digest: str | None = None
+  memory: memory_lib.MemoryConfig = dataclasses.field(
+      default_factory=memory_lib.MemoryConfig)
 
 
 @dataclasses.dataclass
@@ -148,6 +153,7 @@ class Outcome:
   compile_seconds: float
   compiles: int
   stopped_early: bool
+  plan: memory_lib.Plan | None = None
 
 
 def fit(
@@ -169,7 +175,8 @@ def fit(
 
   Raises:
     errors.UserError: if the loss is no longer finite (the step and its rows
-      are in `nonfinite.json`), or the disk is full.
+      are in `nonfinite.json`), the disk is full, or the device's memory is,
+      for the second time.
   """
   return _Run(task, config, folder).run(state)
 
@@ -184,10 +191,16 @@ class _Run:
     # Metrics of steps that the device may still be working on.
     self.pending: collections.deque = collections.deque()
     self.compiles = compiles_lib.CompileClock()
+    self.program = program_lib.Program(task, self.line.note)
 
   def run(self, state):
     with self.compiles:
-      return self._run(state)
+      try:
+        return self._run(state)
+      except jax.errors.JaxRuntimeError as error:
+        if not program_lib.out_of_memory(error):
+          raise
+        raise self.program.complaint(str(error)) from error
 
   def _run(self, state):
     checkpoints = checkpoint_lib.Checkpoints(
@@ -203,20 +216,27 @@ class _Run:
     self.metrics = workdir_lib.metrics(self.folder / "metrics.jsonl", before)
     self.task.sinks.start(self.folder, before)
     try:
+      self.program.choose(state, self.progress.step)
       if restored is None:
         self._evaluate(state.params, 0)
         self._sample(state.params, 0)
       stopped = self._stale()
       self.clock = self._now()
-      for i in range(self.progress.step, self.config.steps):
-        if stopped:
-          break
-        state = self._step(state, i)
-        stopped = self._after(state, i + 1, checkpoints)
+      i = self.progress.step
+      self.program.keep(state, i)
+      while i < self.config.steps and not stopped:
+        done = self._step(state, i)
+        if isinstance(done, str):
+          del state  # What may be left of it is in the way.
+          state, i = self.program.shrink(done)
+          self.clock = self._now()
+          continue
+        state, i = done, i + 1
+        stopped = self._after(state, i, checkpoints)
       if not self.config.steps:  # There was no checkpoint to note it.
         self.progress.seconds = time.monotonic() - self.began
       return Outcome(state, self.progress, self.compiles.seconds,
-                     self.compiles.count, stopped)
+                     self.compiles.count, stopped, self.program.plan)
     finally:
       self.metrics.close()
       checkpoints.close()
@@ -235,20 +255,26 @@ class _Run:
     return time.monotonic() - self.compiles.seconds
 
   def _step(self, state, i):
-    task = self.task
-    state, metrics = step_lib.train_step(
-        state, task.frozen, task.base, task.place(task.batches.batch(i)),
-        optim_lib.hyper(task.optim, task.learning_rates[i]), task.key,
-        model=task.model, settings=task.settings)
-    self.pending.append((i + 1, metrics))
-    # One step in flight: the host prepares the next batch meanwhile.
-    while len(self.pending) > 1:
-      self._drain_one()
+    """The next state, or what XLA said if there was no memory for it."""
+    try:
+      state, metrics = self.program.step(state, i)
+      self.pending.append((i + 1, metrics))
+      # One step in flight: the host prepares the next batch meanwhile. None
+      # where the run stands still, so that no failed step is left behind.
+      while len(self.pending) > (0 if self._stands_still(i + 1) else 1):
+        self._drain_one()
+    except jax.errors.JaxRuntimeError as error:
+      if not program_lib.out_of_memory(error):
+        raise
+      self.pending.clear()
+      return str(error)
     return state
 
   def _drain_one(self):
     number, metrics = self.pending.popleft()
     metrics = {k: v.item() for k, v in jax.device_get(metrics).items()}
+    if number <= self.progress.step:
+      return  # Computed again, and told before.
     if not metrics["finite"]:
       self._stop_nonfinite(number, metrics)
     self.progress.step = number
@@ -285,26 +311,33 @@ class _Run:
         + "lower optim.learning_rate or look at the rows "
         "(earlier checkpoints are intact)")
 
+  def _due(self, every, number):
+    return number == self.config.steps or (every and number % every == 0)
+
+  def _stands_still(self, number):
+    """Whether there is something to do with the state after a step."""
+    return (self._due(self.config.eval_every, number)
+            or self._due(self.config.checkpoint_every, number)
+            or self.program.due())
+
   def _after(self, state, number, checkpoints):
-    config, last = self.config, number == self.config.steps
-    due = lambda every: last or (every and number % every == 0)
-    if not due(config.eval_every) and not due(config.checkpoint_every):
+    config = self.config
+    if self.pending:
       return False
-    while self.pending:
-      self._drain_one()
     stopped = False
-    if due(config.eval_every):
+    if self._due(config.eval_every, number):
       self._evaluate(state.params, number)
       stopped = self._stale()
-      if last or stopped:
+      if number == config.steps or stopped:
         self._sample(state.params, number)
-    if due(config.checkpoint_every) or stopped:
+    if self._due(config.checkpoint_every, number) or stopped:
       self.progress.seconds = time.monotonic() - self.began
       self.metrics.sync()
       checkpoints.save(
           number, state,
           self.progress.meta() | {"base_digest": self.task.base_digest},
           self.progress.best_step)
+    self.program.keep(state, number)
     self.clock = self._now()
     return stopped
 

@@ -57,6 +57,8 @@ class Settings:
     optimizer: a key of `optim.OPTIMIZERS`.
     mesh: the devices that the trees are spread over, or None for one.
     attention: what computes attention, and the layout of the rows.
+    mlp_tiles: into how many tiles of tokens a row is cut for the MLP.
+    offload: what lives in host memory: base, activations, optimiser.
   """
 
   dtype: str = "float32"
@@ -66,6 +68,8 @@ class Settings:
   optimizer: str = "adamw"
   mesh: Mesh | None = None
   attention: attention_lib.Options = attention_lib.Options(layout="packed")
+  mlp_tiles: int = 1
+  offload: tuple[str, ...] = ()
 
 
 def init_state(
@@ -127,7 +131,8 @@ def weighted_sum(
   hidden, _ = decoder.forward(
       model, base, tree, batch.tokens, batch.positions, batch.segment_ids,
       noise=noise(batch), dtype=settings.dtype, remat=settings.remat,
-      mesh=settings.mesh, attention=settings.attention)
+      mesh=settings.mesh, attention=settings.attention,
+      mlp_tiles=settings.mlp_tiles)
 
   def unembed(trainable, rest, chunk, part):
     head_base, head_frozen, step_key = rest

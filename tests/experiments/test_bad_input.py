@@ -64,6 +64,11 @@ USAGE = {
     "remat": (
         {"compute__remat": "name"}, 'compute.remat="name" is unknown; did you '
         'mean "named"?'),
+    "memory": (
+        {"memory__budget_gib": -8.0}, "memory.budget_gib=-8.0 is out of range"),
+    "micro-batch": (
+        {"memory__micro_batch": 3}, "memory.micro_batch=3 does not divide "
+        "train.batch_size=2; use 2"),
     "attention": (
         {"compute__attention": "cudn"}, 'compute.attention="cudn" is unknown; '
         'did you mean "cudnn"?'),

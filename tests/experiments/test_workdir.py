@@ -31,6 +31,15 @@ def test_where_metrics_are_shown_is_no_part_of_a_run(tmp_path):
     run.open_workdir(tmp_path, changed)
 
 
+def test_how_a_step_fits_is_no_part_of_a_run(tmp_path):
+  first = _config()
+  other = _config(memory__budget_gib=8.0, memory__micro_batch=2,
+                  compute__remat="full", compute__mlp_tiles=4)
+  run.open_workdir(tmp_path, first)
+  run.open_workdir(tmp_path, other)
+  assert run.default_workdir("a", first) == run.default_workdir("a", other)
+
+
 def test_a_run_of_an_older_version_goes_on(tmp_path):
   """It has neither the block nor the field; the defaults are what it did."""
   old = copy.deepcopy(_config())
