@@ -31,9 +31,9 @@ from lora_jax.kernels import attention as attention_lib
 from lora_jax.models import cache as cache_lib
 from lora_jax.models import config as config_lib
 from lora_jax.models import layers as layers_lib
-from lora_jax.models import remat as remat_lib
 from lora_jax.models import rope
 from lora_jax.models import sharding
+from lora_jax.models import stream
 
 _name = ad_checkpoint.checkpoint_name
 
@@ -185,12 +185,14 @@ def forward(
     remat: str = "none",
     mesh: Any = None,
     attention: attention_lib.Options = attention_lib.Options(),
+    spill: bool = False,
 ) -> tuple[types.Array, cache_lib.Cache | None]:
   """Hidden states of a batch of rows, packed or padded, cached or not.
 
   Args:
     config: the model; static under `jit`.
-    base: its frozen weights.
+    base: its frozen weights; layers in host memory come one at a time, see
+      `stream`.
     adapters: what is trained beside them, or None.
     tokens: `[b, t]` int.
     positions: `[b, t]` int, within the segment.
@@ -203,6 +205,7 @@ def forward(
       used (`sharding.gathered`); static. None leaves them where they are.
     attention: static; what computes attention, and what is known of the
       layout of the rows. With a cache, any but `any` says that it was empty.
+    spill: whether what the backward pass keeps is kept in host memory.
 
   Returns:
     `[b, t, d]` after the final norm, in `dtype`, and the cache with these
@@ -231,7 +234,8 @@ def forward(
       attention=dataclasses.replace(
           attention, windows=tuple(sorted(set(windows or ())))))
 
-  def body(hidden, xs):
+  def body(shared, hidden, xs):
+    context, noise = shared
     index, weights, layer_adapters, window, cached = xs
     draw = None if noise is None else noise.at_layer(index)
     weights = sharding.housed(mesh, sharding.gathered(mesh, weights, dtype))
@@ -254,9 +258,9 @@ def forward(
   if config.embed_scale is not None:
     # transformers rounds it too: 55.5 for sqrt(3072) in bfloat16.
     hidden = hidden * jnp.asarray(config.embed_scale, dtype)
-  hidden, cached = jax.lax.scan(
-      remat_lib.wrap(body, remat, sharding.gathers(mesh)),
-      sharding.rows(mesh, hidden), xs)
+  hidden, cached = stream.scan(
+      body, (context, noise), sharding.rows(mesh, hidden), xs, remat=remat,
+      gathers=sharding.gathers(mesh), spill=spill)
   if cache is not None:
     cache = dataclasses.replace(cache, k=cached[0], v=cached[1])
   return layers_lib.rms_norm(

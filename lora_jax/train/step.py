@@ -51,6 +51,8 @@ class Settings:
     optim_dtype: how Adam's first moment is stored.
     mesh: the devices that the trees are spread over, or None for one.
     attention: what computes attention, and the layout of the rows.
+    offload: keys of `memory.KINDS`, what is kept in host memory. A base says
+      itself where it is; see `memory.placed`.
   """
 
   dtype: str = "float32"
@@ -59,6 +61,7 @@ class Settings:
   optim_dtype: str = "float32"
   mesh: Mesh | None = None
   attention: attention_lib.Options = attention_lib.Options(layout="packed")
+  offload: tuple[str, ...] = ()
 
 
 def init_state(
@@ -117,7 +120,8 @@ def weighted_sum(
   hidden, _ = decoder.forward(
       model, base, tree, batch.tokens, batch.positions, batch.segment_ids,
       noise=noise(batch), dtype=settings.dtype, remat=settings.remat,
-      mesh=settings.mesh, attention=settings.attention)
+      mesh=settings.mesh, attention=settings.attention,
+      spill="activations" in settings.offload)
 
   def unembed(trainable, rest, chunk, part):
     head_base, head_frozen, step_key = rest
