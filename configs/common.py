@@ -145,6 +145,10 @@ def get_config() -> config_dict.ConfigDict:
   config.compute.loss_scale = 32768.0
   config.compute.loss_scale_interval = 2000
   config.compute.remat = "named"  # none dots named full
+  # What is kept in host memory, several with commas: base (the frozen layers,
+  # copied in one ahead of the computation), activations (what remat keeps),
+  # optimiser (its states between steps).
+  config.compute.offload = ""
   # auto plain cudnn tokamax splash; auto takes the fastest that can.
   config.compute.attention = "auto"
   return config

@@ -73,10 +73,12 @@ def open_workdir(folder: pathlib.Path, config: dict[str, Any]) -> None:
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
   """What of a config decides the result.
 
-  Not where metrics are shown, and not the devices: a run may go on on others.
-  A field that the run's version did not have yet has its default.
+  Not where metrics are shown, and not the devices or what is kept in their
+  hosts' memory: a run may go on on others. A field that the run's version did
+  not have yet has its default.
   """
   whole = _filled(config, common.get_config().to_dict())
+  whole["compute"] = whole["compute"] | {"offload": ""}
   return {name: block for name, block in whole.items()
           if name not in ("log", "mesh", "distributed")}
 

@@ -37,8 +37,8 @@ def kinds(names: Iterable[str]) -> tuple[str, ...]:
   return tuple(kind for kind in KINDS if kind in names)
 
 
-def check(offload: Iterable[str], device: jax.Device) -> None:
-  """Raises `errors.UserError` if a device cannot keep anything elsewhere."""
+def check(offload: Iterable[str], device: jax.Device) -> tuple[str, ...]:
+  """`kinds`; raises `errors.UserError` if a device has no host memory."""
   offload = kinds(offload)
   found = {memory.kind for memory in device.addressable_memories()}
   if offload and PINNED not in found:
@@ -46,6 +46,7 @@ def check(offload: Iterable[str], device: jax.Device) -> None:
         f'compute.offload={",".join(offload)}: {device.device_kind} has no '
         f"{PINNED} memory; leave it empty, and use compute.remat=full or a "
         "smaller train.batch_size with train.accumulation")
+  return offload
 
 
 def in_host(x: types.Array) -> bool:
@@ -73,6 +74,11 @@ def stays(x: types.Array) -> bool:
   few thousandths of the whole.
   """
   return len(x.shape) < 3
+
+
+def default() -> jax.sharding.Sharding:
+  """Where arrays go that nothing else is said of."""
+  return jax.numpy.zeros(()).sharding
 
 
 def home(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:

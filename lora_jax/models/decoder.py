@@ -18,7 +18,6 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
-import jax
 from jax import ad_checkpoint
 import jax.numpy as jnp
 

@@ -99,13 +99,22 @@ def _copy(stacks: types.Tree, index: jax.Array | int) -> types.Tree:
           x, index, keepdims=False, allow_negative_indices=False), stacks))
 
 
+def _next(number: jax.Array) -> jax.Array:
+  """`number + 1`, but not the value of the loop's own counter.
+
+  XLA would take the one for the other, and the counter is increased in place
+  once nothing reads it any more: the copies would begin at the layer's end.
+  """
+  return number.astype(jnp.uint32) + 1
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _scan(body, options, shared, carry, rest, away):
   del options
 
   def step(state, rest):
     number, carry, ready = state
-    coming = _copy(away, number + 1)
+    coming = _copy(away, _next(number))
     carry, ys = body(shared, carry, trees.combine(ready, rest))
     return (number + 1, carry, coming), ys
 
@@ -150,7 +159,7 @@ def _forward(body, options, shared, carry, rest, away):
   def step(state, xs):
     number, carry, ready = state
     trained, frozen = xs
-    coming = _copy(away, number + 1)
+    coming = _copy(away, _next(number))
 
     def layer(carry, trained):
       weights = jax.tree.map(
