@@ -92,8 +92,8 @@ def _start(folder, path, leaf, where):
   That is one box around the parts of all its devices.
   """
   store = _result(_open(folder, path, leaf.shape, leaf.dtype))
-  if where is None:
-    return None, None, *_into_memory(store)
+  if where is None or len(where.device_set) == 1:
+    return where, None, *_into_memory(store)
   parts = [
       [part.indices(n)[:2] for part, n in zip(index, leaf.shape, strict=True)]
       for index in where.addressable_devices_indices_map(leaf.shape).values()
@@ -124,8 +124,8 @@ def _into_memory(store) -> tuple[np.ndarray, Any]:
 
 def _finish(leaf, where: Any, box: Any, found, future) -> jax.Array:
   _result(future)
-  if where is None:
-    return jax.device_put(found)
+  if box is None:
+    return jax.device_put(found, where)
 
   def part(index):
     return found[tuple(
