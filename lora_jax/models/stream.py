@@ -207,7 +207,7 @@ def _backward(body, options, residuals, cotangents):
     d_carry, d_trained = pullback((d_carry, d_ys))
     return (number + 1, d_carry, *coming), d_trained
 
-  start = jnp.int32(0), d_carry, last, _copy(spilled, depth - 1)
+  start: Any = jnp.int32(0), d_carry, last, _copy(spilled, depth - 1)
   (_, d_carry, *_), d_trained = jax.lax.scan(
       step, start, (near, trained, frozen, d_ys), depth, reverse=True)
   return None, d_carry, d_trained, None
