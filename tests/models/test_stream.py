@@ -88,7 +88,8 @@ def stacked(method, fmt, settings, host=True):
   return [(var.aval.shape, var.aval.memory_space)
           for eqn in scans(traced.jaxpr.jaxpr)
           if eqn.params["length"] == contract.CONFIG.n_layers
-          for var in eqn.outvars[eqn.params["num_carry"]:]]
+          for var in eqn.outvars
+          if var.aval.shape[:1] == (contract.CONFIG.n_layers,)]
 
 
 def placed(method, fmt):
