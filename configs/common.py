@@ -150,6 +150,10 @@ def get_config() -> config_dict.ConfigDict:
   config.compute.remat = "auto"
   # Tiles of tokens in which each MLP is computed; 0: 1, or what memory needs.
   config.compute.mlp_tiles = 0
+  # What is kept in host memory, several with commas: base (the frozen layers,
+  # copied in one ahead of the computation), activations (what remat keeps),
+  # optimiser (its states between steps).
+  config.compute.offload = ""
   # auto plain cudnn tokamax splash; auto takes the fastest that can.
   config.compute.attention = "auto"
 

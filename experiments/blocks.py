@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from lora_jax import adapters
 from lora_jax import api
 from lora_jax import errors
+from lora_jax import memory
 from lora_jax import mesh as mesh_lib
 from lora_jax import quant as quant_lib
 from lora_jax.adapters import registry
@@ -95,7 +96,8 @@ def load(config: Config, dtype: str | None = None) -> api.Model:
       attention=config["compute"].get("attention", "auto"),
       cache=config["model"].get("cache", True),
       add_tokens=names(config["model"].get("add_tokens", "")),
-      pad_vocab_multiple=config["model"].get("pad_vocab_multiple", 1))
+      pad_vocab_multiple=config["model"].get("pad_vocab_multiple", 1),
+      offload=offload(config))
 
 
 def _pattern(field: str, block: Config, number: Callable) -> dict[str, Any]:
@@ -149,6 +151,11 @@ def base_dtype(config: Config) -> str:
   return name
 
 
+def offload(config: Config) -> tuple[str, ...]:
+  """`compute.offload`, checked; configs of older runs have none."""
+  return memory.kinds(names(config["compute"].get("offload", "")))
+
+
 def mesh(config: Config) -> mesh_lib.MeshConfig:
   return _fields(mesh_lib.MeshConfig, config["mesh"])
 
@@ -160,7 +167,7 @@ def check(config: Config) -> None:
     errors.UsageError: for the first value that cannot be.
   """
   for build in (quant, skip, adapter, train, optim, precision, base_dtype,
-                memory, log):
+                memory, log, offload):
     build(config)
   errors.choose("compute.remat", config["compute"]["remat"], remat.POLICIES)
   errors.choose("compute.attention", config["compute"]["attention"],

@@ -74,12 +74,12 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
   """What of a config decides the result.
 
   Not where metrics are shown, and not the devices, nor how a step fits in
-  them: a run may go on on others. A field that the run's version did not have
-  yet has its default.
+  them and their hosts: a run may go on on others. A field that the run's
+  version did not have yet has its default.
   """
   whole = _filled(config, common.get_config().to_dict())
   whole["compute"] = {name: value for name, value in whole["compute"].items()
-                      if name not in ("remat", "mlp_tiles")}
+                      if name not in ("remat", "mlp_tiles", "offload")}
   return {name: block for name, block in whole.items()
           if name not in ("log", "mesh", "distributed", "memory")}
 

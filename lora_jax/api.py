@@ -23,6 +23,7 @@ import numpy as np
 
 from lora_jax import adapters as adapters_lib
 from lora_jax import errors
+from lora_jax import memory
 from lora_jax import mesh as mesh_lib
 from lora_jax import quant as quant_lib
 from lora_jax import types
@@ -81,6 +82,7 @@ class Model:
       base (see `adapters.starts`), or None.
     new_tokens: ids of the tokens that `load` was asked to add.
     resized: whether the vocabulary is larger than the source's.
+    offload: keys of `memory.KINDS`, what is kept in host memory.
   """
 
   config: config_lib.ModelConfig
@@ -99,6 +101,7 @@ class Model:
   replaced: str | None = None
   new_tokens: tuple[int, ...] = ()
   resized: bool = False
+  offload: tuple[str, ...] = ()
 
   @property
   def paths(self) -> dict[str, list[str]]:
@@ -323,7 +326,8 @@ class Model:
             noise=self.adapter_config.dropout > 0,
             optim_dtype=precision.optim_dtype, optimizer=optim.name,
             mesh=self.mesh,
-            attention=self._attention("packed" if packing else "single")),
+            attention=self._attention("packed" if packing else "single"),
+            offload=self.offload),
         key=jax.random.key(seed),
         place=self._place_batch,
         evaluate=evaluate,
@@ -333,7 +337,7 @@ class Model:
         sinks=sinks or sinks_lib.Sinks())
     outcome = loop.fit(
         task, self._place(step_lib.init_state(
-            params, precision, self.dtype, optim.name)),
+            params, precision, self.dtype, optim.name, self.offload)),
         config, pathlib.Path(workdir))
     return model(outcome.state.params), outcome
 
@@ -445,6 +449,7 @@ def load(
     cache: bool = True,
     add_tokens: Sequence[str] = (),
     pad_vocab_multiple: int = 1,
+    offload: Sequence[str] = (),
 ) -> Model:
   """Loads a model and its tokenizer.
 
@@ -462,6 +467,7 @@ def load(
       folder; see `models.base_cache`.
     add_tokens: special tokens to add, e.g. those of a chat template.
     pad_vocab_multiple: see `models.resize.grow`.
+    offload: keys of `memory.KINDS`, what is kept in host memory.
 
   Raises:
     errors.UserError: see `models.load.load`.
@@ -473,9 +479,10 @@ def load(
   source = load_lib.open_source(path)
   devices = mesh_lib.make(mesh or mesh_lib.MeshConfig())
   spread = devices if devices.size > 1 else None
+  offload = memory.check(offload, jax.local_devices()[0])
   loaded = base_cache.load(
       source, quant, stored, skip, root=base_folder() if cache else None,
-      mesh=spread)
+      mesh=spread, host="base" in offload)
   tokenizer = tokenizer_lib.load(source.label, chat_template)
   new = tokenizer_lib.add_tokens(tokenizer, add_tokens) if add_tokens else ()
   config, base = resize.grow(
@@ -486,7 +493,8 @@ def load(
   return Model(
       config=config, base=base, tokenizer=tokenizer,
       fingerprint=loaded.fingerprint, source=path, dtype=dtype, mesh=spread,
-      attention=attention, new_tokens=tuple(new), resized=resized)
+      attention=attention, new_tokens=tuple(new), resized=resized,
+      offload=offload)
 
 
 def base_folder() -> pathlib.Path:

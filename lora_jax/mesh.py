@@ -114,7 +114,8 @@ def spec(
   return PartitionSpec(*entries)
 
 
-def place(array: types.Array, sharding: NamedSharding) -> jax.Array:
+def place(
+    array: types.Array, sharding: jax.sharding.Sharding) -> jax.Array:
   """`array`, the same in every process, on the devices of all of them.
 
   Args:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lora_jax import api
+from lora_jax import memory
 from lora_jax.data import dataset
 from lora_jax.data import templates
 from lora_jax.evaluate import generate
@@ -52,3 +53,20 @@ def test_attention_and_the_layout_of_rows(monkeypatch, tmp_path):
   with pytest.raises(Caught) as caught:
     model.generate([[1]])
   assert caught.value.args[1]["attention"] == single
+
+
+def test_what_is_offloaded_reaches_the_step(monkeypatch, tmp_path):
+  config = tiny.CONFIGS["llama"]
+  model = api.Model(
+      config=config, base=init.random_base(jax.random.key(0), config),
+      tokenizer=None, fingerprint="0" * 64, source="tiny",
+      offload=("activations", "optimiser")).adapt(rank=2)
+  rows = dataset.of([templates.Encoded(
+      tokens=np.arange(5, dtype=np.int32), weights=np.ones(5, np.float32))])
+  _catch(monkeypatch, loop, "fit")
+  with pytest.raises(Caught) as caught:
+    model.train(rows, workdir=tmp_path)
+  task, state = caught.value.args[0][:2]
+  assert task.settings.offload == ("activations", "optimiser")
+  moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+  assert moments and all(map(memory.in_host, moments))

@@ -25,6 +25,7 @@ from jax import ad_checkpoint
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import memory
 from lora_jax import mesh as mesh_lib
 from lora_jax import quant
 from lora_jax import struct
@@ -320,7 +321,7 @@ def prepared(adapters: Adapters, tree: types.Tree) -> Adapters:
   """
   layers = {
       name: jax.lax.map(
-          lambda pair: pair[0].prepared(pair[1]),
+          lambda pair: pair[0].prepared(memory.on_device(pair[1])),
           (adapter, tree.layers[name].weight))
       for name, adapter in adapters.layers.items()}
   weights = {"embed_tokens": tree.embed_tokens,

@@ -11,6 +11,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from lora_jax import errors
+from lora_jax import memory
 from lora_jax import quant
 from lora_jax import types
 from lora_jax.adapters import base
@@ -27,7 +29,14 @@ def build_full(
 
   Returns:
     The two trees; `trees.combine(adapters.overrides, base)` is the model.
+
+  Raises:
+    errors.UsageError: if layers of the base are in host memory.
   """
+  if any(map(memory.in_host, jax.tree.leaves(tree))):
+    raise errors.UsageError(
+        'compute.offload="base" keeps frozen layers in host memory, and '
+        "adapter.method=full freezes none; leave it out, or use lora")
   is_leaf = lambda x: isinstance(x, quant.QuantizedArray)
   if overrides is None:
     overrides = jax.tree.map(

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import errors
+from lora_jax import memory
 from lora_jax import types
 from lora_jax.adapters import base
 from lora_jax.adapters import config as config_lib
@@ -221,8 +222,9 @@ def _init_stacked(init, width, draw):
 
     def one(carry, xs):
       layer, w, values, pair = xs
-      return carry, init(jax.random.fold_in(key, layer), w, width, values,
-                         draw=draw, given=pair)
+      return carry, init(
+          jax.random.fold_in(key, layer), memory.on_device(w), width, values,
+          draw=draw, given=pair)
 
     return jax.lax.scan(
         one, None, (jnp.arange(depth), weight, frozen, given))[1]

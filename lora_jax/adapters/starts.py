@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import errors
+from lora_jax import memory
 from lora_jax import mesh as mesh_lib
 from lora_jax import quant
 from lora_jax import types
@@ -152,8 +153,8 @@ def replace(
     The base with its weights replaced, and the stacked (A, B) by target.
 
   Raises:
-    errors.UsageError: for loftq where nothing is quantised, or without
-      `originals` where something is.
+    errors.UsageError: for loftq where nothing is quantised, without
+      `originals` where something is, or for weights in host memory.
   """
   found = {}
   for name, placement in placements.items():
@@ -219,6 +220,11 @@ def _put(stack, one, layer):
 
 def _check(start, name, weight, originals):
   quantised = isinstance(weight, quant.QuantizedArray)
+  if any(map(memory.in_host, jax.tree.leaves(weight))):
+    raise errors.UsageError(
+        f'adapter.init replaces the weights of "{name}", which '
+        "compute.offload=base keeps in host memory; leave base out of it, or "
+        "use adapter.init=default")
   if start.decompose is loftq and not quantised:
     raise errors.UsageError(
         f'adapter.init="loftq": "{name}" is not quantised; set quant.format, '

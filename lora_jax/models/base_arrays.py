@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
+from lora_jax import memory
 from lora_jax import trees
 from lora_jax import types
 from lora_jax.models import sharding as sharding_lib
@@ -44,7 +45,8 @@ def write(folder: pathlib.Path, tree: types.Tree) -> None:
 
 
 def read(
-    folder: pathlib.Path, template: types.Tree, mesh: Mesh | None = None
+    folder: pathlib.Path, template: types.Tree, mesh: Mesh | None = None,
+    host: bool = False
 ) -> types.Tree:
   """The leaves of a tree of `jax.ShapeDtypeStruct`s.
 
@@ -53,6 +55,8 @@ def read(
     template: their structure, shapes and types.
     mesh: the devices, each process reading what its own hold; the default
       device if None.
+    host: whether the matrices of layers go to host memory; see
+      `memory.placed`.
 
   Raises:
     Failure: if a chunk is missing or is not what was written.
@@ -63,6 +67,8 @@ def read(
   places = [None] * len(named) if mesh is None else jax.tree.leaves(
       sharding_lib.shardings(mesh, template))
   for (path, leaf), where in zip(named.items(), places, strict=True):
+    if host and path.startswith("layers.") and not memory.stays(leaf):
+      where = memory.home(where or memory.default())
     pending.append((leaf, *_start(folder, path, leaf, where)))
     ahead += trees.nbytes(leaf)
     while ahead > AHEAD_BYTES and len(pending) > 1:
@@ -86,8 +92,8 @@ def _start(folder, path, leaf, where):
   That is one box around the parts of all its devices.
   """
   store = _result(_open(folder, path, leaf.shape, leaf.dtype))
-  if where is None:
-    return None, None, *_into_memory(store)
+  if where is None or len(where.device_set) == 1:
+    return where, None, *_into_memory(store)
   parts = [
       [part.indices(n)[:2] for part, n in zip(index, leaf.shape, strict=True)]
       for index in where.addressable_devices_indices_map(leaf.shape).values()
@@ -118,8 +124,8 @@ def _into_memory(store) -> tuple[np.ndarray, Any]:
 
 def _finish(leaf, where: Any, box: Any, found, future) -> jax.Array:
   _result(future)
-  if where is None:
-    return jax.device_put(found)
+  if box is None:
+    return jax.device_put(found, where)
 
   def part(index):
     return found[tuple(

@@ -59,6 +59,7 @@ def load(
     *,
     root: pathlib.Path | None,
     mesh: Mesh | None = None,
+    host: bool = False,
     keep_bytes: int | None = None,
 ) -> load_lib.LoadedBase:
   """`load.convert`, or what it gave before: the same bytes.
@@ -71,6 +72,7 @@ def load(
     spec, dtype, skip: see `load.load`.
     root: where bases are kept; None converts whatever is there.
     mesh: the devices to place the base on; the default device if None.
+    host: whether the layers stay in host memory; see `load.convert`.
     keep_bytes: size from which on a source's base is kept; `KEEP_BYTES` if
       None.
 
@@ -78,23 +80,23 @@ def load(
     errors.UserError: see `load.convert`.
   """
   if isinstance(source, base_store.Stored):
-    return restore(source.path, mesh, spec, dtype, skip)
+    return restore(source.path, mesh, spec, dtype, skip, host)
   if root is None:
-    return load_lib.convert(source, spec, dtype, skip, mesh)
+    return load_lib.convert(source, spec, dtype, skip, mesh, host)
   wanted = _Wanted.of(root, source, spec, dtype, skip)
   stored = _find(wanted)
   if stored is not None:
     try:
-      base = stored.base(mesh)
+      base = stored.base(mesh, host)
     except base_store.Damaged as error:
       _remove(stored.path, error)
     else:
       return load_lib.LoadedBase(
           source.config, base, stored.fingerprint, source.label)
   if wanted.size < (KEEP_BYTES if keep_bytes is None else keep_bytes):
-    return load_lib.convert(source, spec, dtype, skip, mesh)
+    return load_lib.convert(source, spec, dtype, skip, mesh, host)
   _settle(wanted)
-  loaded = load_lib.convert(source, spec, dtype, skip, mesh)
+  loaded = load_lib.convert(source, spec, dtype, skip, mesh, host)
   try:
     _keep(wanted, loaded)
   except (errors.UserError, OSError) as error:
@@ -129,6 +131,7 @@ def restore(
     spec: quant.QuantSpec | None = None,
     dtype: Any = None,
     skip: Sequence[str] = load_lib.SKIP,
+    host: bool = False,
 ) -> load_lib.LoadedBase:
   """A base from its folder; each process reads what its devices hold.
 
@@ -137,14 +140,15 @@ def restore(
     mesh: the devices; the default device if None.
     spec, dtype, skip: how it must have been made; not checked if `dtype` is
       None.
+    host: see `load`.
 
   Raises:
     base_store.Damaged: if it is not what was written.
     errors.UserError: if it was made otherwise.
   """
   stored = base_store.Stored.open(folder)
-  base = (stored.base(mesh) if dtype is None
-          else stored.converted(spec, dtype, skip, mesh))
+  base = (stored.base(mesh, host) if dtype is None
+          else stored.converted(spec, dtype, skip, mesh, host))
   return load_lib.LoadedBase(
       stored.config, base, stored.fingerprint, str(folder))
 

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lora_jax import errors
+from lora_jax import memory
 from lora_jax import quant
 from lora_jax import trees
 from lora_jax import types
@@ -144,24 +145,26 @@ class Stored:
   def read(self, name: str):
     raise Damaged(f"{self.path} holds a converted base, and no {name}")
 
-  def base(self, mesh: Mesh | None = None) -> decoder.Base:
+  def base(
+      self, mesh: Mesh | None = None, host: bool = False) -> decoder.Base:
     """The base, each process reading only what its devices hold.
 
     Args:
       mesh: the devices; the default device if it is None.
+      host: see `base_arrays.read`.
 
     Raises:
       Damaged: if a chunk is missing or is not what was written.
     """
     template = base_tree.template(self.manifest["tree"])
     try:
-      return base_arrays.read(self.path / ARRAYS, template, mesh)
+      return base_arrays.read(self.path / ARRAYS, template, mesh, host)
     except base_arrays.Failure as error:
       raise Damaged(f"{self.path}: {error}") from None
 
   def converted(
       self, spec: quant.QuantSpec | None, dtype: Any, skip,
-      mesh: Mesh | None = None) -> decoder.Base:
+      mesh: Mesh | None = None, host: bool = False) -> decoder.Base:
     """The base, if it is what these arguments of `load.convert` ask for.
 
     One that is stored in float32 is rounded to another `dtype`, which gives
@@ -179,12 +182,13 @@ class Stored:
       raise errors.UserError(
           f"model.path={self.path} is stored as {self.recipe}, not as {asked}; "
           "ask for that, or convert the original again (experiments.quantize)")
-    base = self.base(mesh)
+    base = self.base(mesh, host)
     if asked == self.recipe:
       return base
     return jax.tree.map(
         lambda x: x if isinstance(x, quant.QuantizedArray)
-        else x.astype(asked.dtype),
+        else jax.device_put(
+            memory.on_device(x).astype(asked.dtype), x.sharding),
         base, is_leaf=lambda x: isinstance(x, quant.QuantizedArray))
 
 

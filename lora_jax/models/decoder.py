@@ -18,7 +18,6 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
-import jax
 from jax import ad_checkpoint
 import jax.numpy as jnp
 
@@ -31,9 +30,9 @@ from lora_jax.kernels import attention as attention_lib
 from lora_jax.models import cache as cache_lib
 from lora_jax.models import config as config_lib
 from lora_jax.models import layers as layers_lib
-from lora_jax.models import remat as remat_lib
 from lora_jax.models import rope
 from lora_jax.models import sharding
+from lora_jax.models import stream
 from lora_jax.models import tiles
 
 _name = ad_checkpoint.checkpoint_name
@@ -200,12 +199,14 @@ def forward(
     mesh: Any = None,
     attention: attention_lib.Options = attention_lib.Options(),
     mlp_tiles: int = 1,
+    spill: bool = False,
 ) -> tuple[types.Array, cache_lib.Cache | None]:
   """Hidden states of a batch of rows, packed or padded, cached or not.
 
   Args:
     config: the model; static under `jit`.
-    base: its frozen weights.
+    base: its frozen weights; layers in host memory come one at a time, see
+      `stream`.
     adapters: what is trained beside them, or None.
     tokens: `[b, t]` int.
     positions: `[b, t]` int, within the segment.
@@ -219,6 +220,7 @@ def forward(
     attention: static; what computes attention, and what is known of the
       layout of the rows. With a cache, any but `any` says that it was empty.
     mlp_tiles: static; into how many tiles of tokens a row is cut for the MLP.
+    spill: whether what the backward pass keeps is kept in host memory.
 
   Returns:
     `[b, t, d]` after the final norm, in `dtype`, and the cache with these
@@ -249,7 +251,8 @@ def forward(
       join=_joins(dtype, mesh, cache),
       mlp_tiles=mlp_tiles)
 
-  def body(hidden, xs):
+  def body(shared, hidden, xs):
+    context, noise = shared
     index, weights, layer_adapters, window, cached = xs
     draw = None if noise is None else noise.at_layer(index)
     weights = sharding.housed(mesh, sharding.gathered(mesh, weights, dtype))
@@ -272,9 +275,9 @@ def forward(
   if config.embed_scale is not None:
     # transformers rounds it too: 55.5 for sqrt(3072) in bfloat16.
     hidden = hidden * jnp.asarray(config.embed_scale, dtype)
-  hidden, cached = jax.lax.scan(
-      remat_lib.wrap(body, remat, sharding.gathers(mesh)),
-      sharding.rows(mesh, hidden), xs)
+  hidden, cached = stream.scan(
+      body, (context, noise), sharding.rows(mesh, hidden), xs, remat=remat,
+      gathers=sharding.gathers(mesh), spill=spill)
   if cache is not None:
     cache = dataclasses.replace(cache, k=cached[0], v=cached[1])
   return layers_lib.rms_norm(

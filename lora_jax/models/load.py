@@ -26,8 +26,10 @@ from jax.sharding import Mesh
 import numpy as np
 
 from lora_jax import errors
+from lora_jax import memory
 from lora_jax import mesh as mesh_lib
 from lora_jax import quant
+from lora_jax import trees
 from lora_jax import types
 from lora_jax.models import base_store
 from lora_jax.models import config as config_lib
@@ -146,16 +148,19 @@ def convert(
     dtype: Any = jnp.float32,
     skip: Sequence[str] = SKIP,
     mesh: Mesh | None = None,
+    host: bool = False,
 ) -> LoadedBase:
   """Reads every tensor of a checkpoint once; see `load`.
 
   Args:
     source, spec, dtype, skip: as there.
     mesh: the devices to spread over; None is the default device.
+    host: whether the matrices of layers are put together, and stay, in host
+      memory; see `memory.placed`.
   """
   if isinstance(source, base_store.Stored):
     return LoadedBase(
-        source.config, source.converted(spec, dtype, skip, mesh),
+        source.config, source.converted(spec, dtype, skip, mesh, host),
         source.fingerprint, source.label)
   config = source.config
   _check(source, spec, skip)
@@ -173,7 +178,7 @@ def convert(
             slot.target in skip and not source.scheme) else spec
         for slot in parts]
     found = _group(
-        source, target, parts, hows, jnp.dtype(dtype), digests, mesh)
+        source, target, parts, hows, jnp.dtype(dtype), digests, mesh, host)
     leaves |= {(slot.target, slot.leaf): leaf
                for slot, leaf in zip(parts, found, strict=True)}
   fingerprint = hashlib.sha256("\n".join(sorted(digests.values())).encode())
@@ -217,7 +222,7 @@ def originals(
   return read
 
 
-def _group(source, target, parts, specs, dtype, digests, mesh
+def _group(source, target, parts, specs, dtype, digests, mesh, host
            ) -> list[types.Tree]:
   """The slots of one tensor (a layer), stacked if there is one a layer.
 
@@ -230,6 +235,7 @@ def _group(source, target, parts, specs, dtype, digests, mesh
     dtype: of floats.
     digests: lines of the fingerprint by stored name, added to.
     mesh: the devices, or None for one.
+    host: see `convert`.
   """
   read = functools.partial(
       _ones, source, target, parts, specs, dtype, digests)
@@ -240,17 +246,16 @@ def _group(source, target, parts, specs, dtype, digests, mesh
   for layer in range(depth):
     ones = read(layer)
     if stacks is None:
-      stacks = _allocated(mesh, parts, ones, depth)
+      stacks = _allocated(mesh, parts, ones, depth, host)
     elif not _stackable(stacks, ones):
       logging.warning(
           "%s: %s is quantised in some layers and otherwise, or not, in "
           "others; all of them are dequantised", source.label, target)
       floats = [_FLOAT] * len(parts)
-      return _group(source, target, parts, floats, dtype, digests, mesh)
+      return _group(source, target, parts, floats, dtype, digests, mesh, host)
     # Waiting keeps the next tensor from being read while this one is held.
-    stacks = jax.block_until_ready(
-        _put(stacks, _scattered(mesh, parts, ones), layer))
-  return stacks
+    stacks = jax.block_until_ready(_filled(mesh, parts, stacks, ones, layer))
+  return _pinned(mesh, parts, stacks)
 
 
 def _stackable(stacks: types.Tree, ones: types.Tree) -> bool:
@@ -281,14 +286,51 @@ def _scattered(mesh, parts, ones) -> list[types.Tree]:
   return jax.tree.map(mesh_lib.place, ones, _homes(mesh, parts, ones))
 
 
-def _allocated(mesh, parts, ones, depth) -> list[types.Tree]:
-  """Zeros for `depth` tensors like these, in parts from the start."""
+def _allocated(mesh, parts, ones, depth, host) -> list[types.Tree]:
+  """Zeros for `depth` tensors like these, in parts from the start; arrays of
+  numpy for what is to be in host memory."""
   stacks = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct((depth, *x.shape), x.dtype), ones)
+  if host:
+    far = jax.tree.map(lambda x: None if memory.stays(x) else np.empty(
+        x.shape, x.dtype), stacks)
+    near = jax.tree.map(
+        lambda one, x: one if memory.stays(x) else None, ones, stacks)
+    return trees.combine(far, _allocated(mesh, parts, near, depth, False))
   zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stacks)
   if mesh is None:
     return zeros()
   return jax.jit(zeros, out_shardings=_homes(mesh, parts, stacks))()
+
+
+def _filled(mesh, parts, stacks, ones, layer) -> list[types.Tree]:
+  """The stacks with a layer written, in place."""
+  in_numpy = lambda x: isinstance(x, np.ndarray)
+  near = jax.tree.map(lambda s: None if in_numpy(s) else s, stacks)
+  far = jax.tree.map(lambda s: s if in_numpy(s) else None, stacks)
+  for stack, one in zip(*map(jax.tree.leaves, (far, _like(far, ones)))):
+    stack[layer] = mesh_lib.fetch(one)
+  ones = _scattered(mesh, parts, _like(near, ones))
+  return trees.combine(far, _put(near, ones, layer))
+
+
+def _like(partial, ones) -> types.Tree:
+  """Those of `ones` that are in a partial tree of stacks."""
+  return jax.tree.map(
+      lambda stack, one: None if stack is None else one, partial, ones,
+      is_leaf=lambda x: x is None)
+
+
+def _pinned(mesh, parts, stacks) -> list[types.Tree]:
+  """With stacks that were filled in numpy moved to host memory, in parts."""
+
+  def place(x, where):
+    return mesh_lib.place(x, memory.home(where)) if isinstance(
+        x, np.ndarray) else x
+
+  homes = (jax.tree.map(lambda x: memory.default(), stacks) if mesh is None
+           else _homes(mesh, parts, stacks))
+  return jax.tree.map(place, stacks, homes)
 
 
 def _homes(mesh, parts, trees) -> list[types.Tree]:

@@ -21,14 +21,18 @@ import jax
 # and down_proj, where a norm reads them; low: x A of joined products.
 NAMES = ("q", "k", "v", "o", "mid", "gate_up", "o_out", "down_out",
          "low")
+# Weights that are on the device, or whole, only while they are used.
+USED = "used"
 
 
-def _all_but_gathered(primitive, *unused, **parameters) -> bool:
+def _all_but_used(primitive, *unused, **parameters) -> bool:
+  if primitive.name == "name":
+    return parameters["name"] != USED
   return primitive.name != "sharding_constraint"
 
 
 POLICIES: dict[str, Any] = {
-    "none": _all_but_gathered,
+    "none": _all_but_used,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "named": jax.checkpoint_policies.save_only_these_names(*NAMES),
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -42,8 +46,9 @@ def wrap(function: Callable, policy: str, gathers: bool = False) -> Callable:
   Args:
     function: a layer.
     policy: a key of `POLICIES`.
-    gathers: whether it gathers its weights (`sharding.gathered`); they are
-      never kept: together they are the whole model, on every device.
+    gathers: whether it gathers its weights (`sharding.gathered`), or they
+      come from host memory (`stream.scan`); they are never kept: together
+      they are the whole model, on every device.
   """
   if policy == "none" and not gathers:
     return function

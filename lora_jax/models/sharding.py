@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 
+from lora_jax import memory
 from lora_jax import mesh as mesh_lib
 from lora_jax import quant
 from lora_jax import trees
@@ -85,8 +86,14 @@ def shardings(
 
 
 def put(mesh: Mesh, tree: types.Tree) -> types.Tree:
-  """A base, adapters or optimiser states on the mesh, leaf by leaf."""
-  return jax.tree.map(mesh_lib.place, tree, shardings(mesh, tree))
+  """A base, adapters or optimiser states on the mesh, leaf by leaf.
+
+  What is in host memory goes to that of the hosts of its parts' devices.
+  """
+  return jax.tree.map(
+      lambda x, sharding: mesh_lib.place(
+          x, memory.home(sharding) if memory.in_host(x) else sharding),
+      tree, shardings(mesh, tree))
 
 
 def constrain(mesh: Mesh | None, tree: types.Tree) -> types.Tree:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 import optax
 
 from lora_jax import adapters
+from lora_jax import memory
 from lora_jax import mesh as mesh_lib
 from lora_jax import struct
 from lora_jax import types
@@ -58,7 +59,8 @@ class Settings:
     mesh: the devices that the trees are spread over, or None for one.
     attention: what computes attention, and the layout of the rows.
     mlp_tiles: into how many tiles of tokens a row is cut for the MLP.
-    offload: what lives in host memory: base, activations, optimiser.
+    offload: keys of `memory.KINDS`, what is kept in host memory. A base says
+      itself where it is; see `memory.placed`.
   """
 
   dtype: str = "float32"
@@ -77,6 +79,7 @@ def init_state(
     precision: precision_lib.Precision | None = None,
     dtype: str = "float32",
     optimizer: str = "adamw",
+    offload: tuple[str, ...] = (),
 ) -> TrainState:
   """State before the first step; `params` is copied (steps donate it).
 
@@ -85,15 +88,19 @@ def init_state(
     precision: how the state is stored.
     dtype: compute type of activations.
     optimizer: a key of `optim.OPTIMIZERS`.
+    offload: as in `Settings`.
   """
   precision = precision or precision_lib.Precision()
   zero = optim.Hyper(*([jnp.float32(0)] * 6))
+  opt_state = optim.transform(
+      zero, precision.optim_dtype, optimizer).init(params)
+  if "optimiser" in offload:
+    opt_state = memory.on_host(opt_state)
   return TrainState(
       step=jnp.int32(0),
       params=jax.tree.map(
           lambda p: jnp.array(p, precision.adapter_dtype), params),
-      opt_state=optim.transform(
-          zero, precision.optim_dtype, optimizer).init(params),
+      opt_state=opt_state,
       loss_scale=precision_lib.loss_scale(precision, dtype))
 
 
@@ -132,7 +139,8 @@ def weighted_sum(
       model, base, tree, batch.tokens, batch.positions, batch.segment_ids,
       noise=noise(batch), dtype=settings.dtype, remat=settings.remat,
       mesh=settings.mesh, attention=settings.attention,
-      mlp_tiles=settings.mlp_tiles)
+      mlp_tiles=settings.mlp_tiles, spill="activations" in settings.offload)
+
 
   def unembed(trainable, rest, chunk, part):
     head_base, head_frozen, step_key = rest
@@ -186,6 +194,14 @@ def loss_and_grads(
   return jax.tree.map(lambda x: x / total, (value, grads))
 
 
+def _after(first: types.Tree, state: types.Tree) -> tuple:
+  """`first`, and `state` on the device, to which it goes after that."""
+  if not any(map(memory.in_host, jax.tree.leaves(state))):
+    return first, state
+  first, state = jax.lax.optimization_barrier((first, state))
+  return first, memory.on_device(state)
+
+
 @functools.partial(
     jax.jit, static_argnames=("model", "settings"), donate_argnames="state",
     compiler_options=COMPILER_OPTIONS)
@@ -228,16 +244,20 @@ def train_step(
       scale=None if scaling is None else scaling.scale)
   norm = optax.global_norm(grads)
   finite = jnp.isfinite(value) & jnp.isfinite(norm)
+  # Not before the gradient is there: until then the activations are.
+  grads, held = _after(grads, state.opt_state)
   updates, opt_state = optim.transform(
       hyper, settings.optim_dtype, settings.optimizer).update(
-          grads, state.opt_state, wide)
+          grads, held, wide)
   params = precision_lib.store(
       key, optax.apply_updates(wide, updates), state.params)
   params, opt_state = jax.tree.map(
       lambda new, old: jnp.where(finite, new, old),
-      (params, opt_state), (state.params, state.opt_state))
+      (params, opt_state), (state.params, held))
   params, opt_state = sharding.constrain(
       settings.mesh, (params, opt_state))
+  if "optimiser" in settings.offload:
+    opt_state = memory.on_host(opt_state)
   metrics = {
       "loss": value,
       "grad_norm": norm,

@@ -8,6 +8,7 @@ import pytest
 
 from configs import common
 from experiments import blocks
+from experiments import run
 from lora_jax import errors
 
 
@@ -38,3 +39,16 @@ def test_patterns_of_modules():
 def test_a_pattern_that_cannot_be_read(written, message):
   with pytest.raises(errors.UsageError, match=re.escape(message)):
     adapter(rank_pattern=written)
+
+
+def test_what_is_offloaded():
+  config = common.get_config()
+  assert blocks.offload(config.to_dict()) == ()
+  before = run._identity(config.to_dict())
+  config.compute.offload = "optimiser, base"
+  assert blocks.offload(config.to_dict()) == ("base", "optimiser")
+  # Where things are decides no result: a run goes on elsewhere.
+  assert run._identity(config.to_dict()) == before
+  config.compute.offload = "optimizer"
+  with pytest.raises(errors.UsageError, match='did you mean "optimiser"'):
+    blocks.check(config.to_dict())

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from lora_jax import adapters as adapters_lib
+from lora_jax import memory
 from lora_jax import mesh as mesh_lib
 from lora_jax import quant
 from lora_jax import trees
@@ -155,6 +156,31 @@ def equality(folder, cases):
   return found
 
 
+def offloaded():
+  """A step with everything in host memory, in parts, against one device."""
+  one, many = Run("lora nf4"), Run("lora nf4", "mixed")
+  first, loss = one.step(one.state)
+  everything = tuple(memory.KINDS)
+  base, frozen = many.placed
+  base = memory.placed(base)
+  state = many.put(step.init_state(many.params, offload=everything))
+  after, metrics = step.train_step(
+      state, frozen, base, mesh_lib.put_batch(many.mesh, batch()),
+      optim.hyper(OPTIM, 1e-2), jax.random.key(0), model=contract.CONFIG,
+      settings=step.Settings(mesh=many.mesh, offload=everything))
+  where = trees.paths(sharding.shardings(many.mesh, (after, base)))
+  away = {path: x for path, x in trees.paths((after, base)).items()
+          if memory.in_host(x)}
+  return {
+      "losses": [float(metrics["loss"]), loss],
+      "params": distances(first.params, after.params),
+      "away": list(away), "cut": sum(
+          not x.sharding.is_fully_replicated for x in away.values()),
+      "astray": [path for path, x in away.items()
+                 if not x.sharding.is_equivalent_to(
+                     memory.home(where[path]), x.ndim)]}
+
+
 def collectives(name, remat):
   """(operation, dtype, elements) of a bfloat16 NF4 step's, by its HLO."""
   mesh = make(name)
@@ -230,6 +256,7 @@ def loading(folder):
   load._put = watched
   many = load.convert(source, spec, mesh=mesh)
   load._put = put
+  away = load.convert(source, spec, mesh=mesh, host=True)
   drawn = init.random_base(jax.random.key(0), config, mesh=mesh)
   where = trees.paths(sharding.shardings(mesh, many.base))
   return {
@@ -241,6 +268,13 @@ def loading(folder):
           path for path, x in trees.paths(many.base).items()
           if not x.sharding.is_equivalent_to(where[path], x.ndim)],
       "whole": whole,
+      "in host memory": [
+          path for path, x in trees.paths(away.base).items()
+          if memory.in_host(x) and x.sharding.is_equivalent_to(
+              memory.home(where[path]), x.ndim)],
+      "unequal in host memory": [
+          path for path, x in trees.paths(away.base).items()
+          if not np.array_equal(x, trees.paths(one.base)[path])],
       "codes": {
           target: list(many.base.layers[target].weight.codes.sharding
                        .shard_shape(
@@ -316,6 +350,7 @@ def moments(name):
 PARTS = {
     "equality": lambda folder: equality(folder, CASES),
     "loading": lambda folder: loading(folder / "model"),
+    "offloaded": lambda folder: offloaded(),
     "evaluation": lambda folder: evaluation(),
     "housed": lambda folder: housed(),
     "moments": lambda folder: moments("mixed"),

@@ -141,3 +141,21 @@ def test_sizes_that_do_not_fit_are_named():
     mesh_lib.make(mesh_lib.MeshConfig(data=3), jax.devices()[:1])
   with pytest.raises(errors.UsageError, match="use -1 for one of them"):
     mesh_lib.make(mesh_lib.MeshConfig(data=-1, fsdp=-1), jax.devices()[:1])
+
+
+def test_every_device_has_its_part_in_host_memory(report):
+  """Base, optimiser states and what the backward pass keeps."""
+  found = report["offloaded"]
+  np.testing.assert_allclose(*found["losses"], rtol=1e-5)
+  assert max(found["params"].values()) <= 1e-5, found["params"]
+  assert not found["astray"]
+  assert found["cut"] >= 14  # Codes of seven matrices; moments of A and B.
+  assert any("opt_state" in path for path in found["away"])
+  assert any(".codes" in path for path in found["away"])
+
+
+def test_a_base_is_read_into_host_memory_in_parts(report):
+  found = report["loading"]
+  assert len(found["in host memory"]) >= 14
+  assert all("layers." in path for path in found["in host memory"])
+  assert not found["unequal in host memory"]
