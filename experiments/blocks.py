@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from lora_jax import adapters
 from lora_jax import api
 from lora_jax import errors
-from lora_jax import memory
+from lora_jax import host as host_lib
 from lora_jax import mesh as mesh_lib
 from lora_jax import quant as quant_lib
 from lora_jax.adapters import registry
@@ -153,7 +153,7 @@ def base_dtype(config: Config) -> str:
 
 def offload(config: Config) -> tuple[str, ...]:
   """`compute.offload`, checked; configs of older runs have none."""
-  return memory.kinds(names(config["compute"].get("offload", "")))
+  return host_lib.kinds(names(config["compute"].get("offload", "")))
 
 
 def mesh(config: Config) -> mesh_lib.MeshConfig:

@@ -23,7 +23,7 @@ import numpy as np
 
 from lora_jax import adapters as adapters_lib
 from lora_jax import errors
-from lora_jax import memory
+from lora_jax import host as host_lib
 from lora_jax import mesh as mesh_lib
 from lora_jax import quant as quant_lib
 from lora_jax import types
@@ -82,7 +82,7 @@ class Model:
       base (see `adapters.starts`), or None.
     new_tokens: ids of the tokens that `load` was asked to add.
     resized: whether the vocabulary is larger than the source's.
-    offload: keys of `memory.KINDS`, what is kept in host memory.
+    offload: keys of `host_lib.KINDS`, what is kept in host memory.
   """
 
   config: config_lib.ModelConfig
@@ -467,7 +467,7 @@ def load(
       folder; see `models.base_cache`.
     add_tokens: special tokens to add, e.g. those of a chat template.
     pad_vocab_multiple: see `models.resize.grow`.
-    offload: keys of `memory.KINDS`, what is kept in host memory.
+    offload: keys of `host_lib.KINDS`, what is kept in host memory.
 
   Raises:
     errors.UserError: see `models.load.load`.
@@ -479,7 +479,7 @@ def load(
   source = load_lib.open_source(path)
   devices = mesh_lib.make(mesh or mesh_lib.MeshConfig())
   spread = devices if devices.size > 1 else None
-  offload = memory.check(offload, jax.local_devices()[0])
+  offload = host_lib.check(offload, jax.local_devices()[0])
   loaded = base_cache.load(
       source, quant, stored, skip, root=base_folder() if cache else None,
       mesh=spread, host="base" in offload)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lora_jax import api
-from lora_jax import memory
+from lora_jax import host as host_lib
 from lora_jax.data import dataset
 from lora_jax.data import templates
 from lora_jax.evaluate import generate
@@ -69,4 +69,4 @@ def test_what_is_offloaded_reaches_the_step(monkeypatch, tmp_path):
   task, state = caught.value.args[0][:2]
   assert task.settings.offload == ("activations", "optimiser")
   moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
-  assert moments and all(map(memory.in_host, moments))
+  assert moments and all(map(host_lib.in_host, moments))

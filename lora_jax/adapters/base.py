@@ -25,7 +25,7 @@ from jax import ad_checkpoint
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import memory
+from lora_jax import host as host_lib
 from lora_jax import mesh as mesh_lib
 from lora_jax import quant
 from lora_jax import struct
@@ -240,18 +240,21 @@ def project_all(
     A `[..., o]` for each.
   """
   found: dict[int, types.Array] = {}
-  factors = [a.factors() if join and a is not None and n is None else None
-             for a, n in zip(adapters, noise, strict=True)]
-  chosen = [k for k, f in enumerate(factors) if f is not None]
-  if chosen:
-    low, high = zip(*[factors[k] for k in chosen], strict=True)
-    cuts = np.cumsum([b.shape[1] for b in high])
-    y = quant.joint_matmul(
-        x, [weights[k] for k in chosen], jnp.concatenate(low, axis=1),
-        jax.scipy.linalg.block_diag(*high))
-    y = _named(y, name)
-    for k, part in zip(chosen, jnp.split(y, cuts[:-1], axis=-1), strict=True):
-      found[k] = adapters[k].finish(part, weights[k])
+  joined = []
+  for k, (adapter, draw) in enumerate(zip(adapters, noise, strict=True)):
+    if join and adapter is not None and draw is None:
+      factors = adapter.factors()
+      if factors is not None:
+        joined.append((k, adapter, *factors))
+  if joined:
+    y = _named(quant.joint_matmul(
+        x, [weights[k] for k, *_ in joined],
+        jnp.concatenate([a for *_, a, _ in joined], axis=1),
+        jax.scipy.linalg.block_diag(*[b for *_, b in joined])), name)
+    cuts = np.cumsum([b.shape[1] for *_, b in joined])
+    parts = jnp.split(y, cuts[:-1], axis=-1)
+    for (k, adapter, *_), part in zip(joined, parts, strict=True):
+      found[k] = adapter.finish(part, weights[k])
   for k, one in enumerate(zip(weights, adapters, noise, strict=True)):
     if k not in found:
       found[k] = _named(project(x, *one), name)
@@ -321,7 +324,7 @@ def prepared(adapters: Adapters, tree: types.Tree) -> Adapters:
   """
   layers = {
       name: jax.lax.map(
-          lambda pair: pair[0].prepared(memory.on_device(pair[1])),
+          lambda pair: pair[0].prepared(host_lib.on_device(pair[1])),
           (adapter, tree.layers[name].weight))
       for name, adapter in adapters.layers.items()}
   weights = {"embed_tokens": tree.embed_tokens,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import errors
-from lora_jax import memory
+from lora_jax import host as host_lib
 from lora_jax import quant
 from lora_jax import types
 from lora_jax.adapters import base
@@ -33,7 +33,7 @@ def build_full(
   Raises:
     errors.UsageError: if layers of the base are in host memory.
   """
-  if any(map(memory.in_host, jax.tree.leaves(tree))):
+  if any(map(host_lib.in_host, jax.tree.leaves(tree))):
     raise errors.UsageError(
         'compute.offload="base" keeps frozen layers in host memory, and '
         "adapter.method=full freezes none; leave it out, or use lora")

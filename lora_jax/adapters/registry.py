@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import errors
-from lora_jax import memory
+from lora_jax import host as host_lib
 from lora_jax import types
 from lora_jax.adapters import base
 from lora_jax.adapters import config as config_lib
@@ -223,7 +223,7 @@ def _init_stacked(init, width, draw):
     def one(carry, xs):
       layer, w, values, pair = xs
       return carry, init(
-          jax.random.fold_in(key, layer), memory.on_device(w), width, values,
+          jax.random.fold_in(key, layer), host_lib.on_device(w), width, values,
           draw=draw, given=pair)
 
     return jax.lax.scan(

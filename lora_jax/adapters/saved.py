@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import errors
-from lora_jax import memory
+from lora_jax import host as host_lib
 from lora_jax import quant
 from lora_jax import types
 
@@ -56,7 +56,7 @@ def overrides(
   def whole(module):
     return jax.tree.map(
         lambda w: jnp.array(quant.dequantize(w, jnp.float32)),
-        memory.on_device(module),
+        host_lib.on_device(module),
         is_leaf=lambda x: isinstance(x, quant.QuantizedArray))
 
   layers = {k: whole(v) if k in names else None

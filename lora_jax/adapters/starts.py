@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import errors
-from lora_jax import memory
+from lora_jax import host as host_lib
 from lora_jax import mesh as mesh_lib
 from lora_jax import quant
 from lora_jax import types
@@ -220,7 +220,7 @@ def _put(stack, one, layer):
 
 def _check(start, name, weight, originals):
   quantised = isinstance(weight, quant.QuantizedArray)
-  if any(map(memory.in_host, jax.tree.leaves(weight))):
+  if any(map(host_lib.in_host, jax.tree.leaves(weight))):
     raise errors.UsageError(
         f'adapter.init replaces the weights of "{name}", which '
         "compute.offload=base keeps in host memory; leave base out of it, or "

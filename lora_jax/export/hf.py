@@ -27,7 +27,7 @@ import numpy as np
 
 from lora_jax import adapters as adapters_lib
 from lora_jax import errors
-from lora_jax import memory
+from lora_jax import host as host_lib
 from lora_jax import mesh as mesh_lib
 from lora_jax import processes
 from lora_jax import quant
@@ -112,7 +112,7 @@ def _merge(leaf, adapter, layer, *, dtype, transpose):
     leaf, adapter = jax.tree.map(
         lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False),
         (leaf, adapter))
-  leaf = memory.on_device(leaf)
+  leaf = host_lib.on_device(leaf)
   value = (quant.dequantize(leaf, jnp.float32) if adapter is None
            else adapter.merge(leaf)).astype(dtype)
   return value.T if transpose else value, jnp.isfinite(value).all()

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-from lora_jax import memory
+from lora_jax import host as host_lib
 from lora_jax import trees
 from lora_jax import types
 from lora_jax.models import sharding as sharding_lib
@@ -56,7 +56,7 @@ def read(
     mesh: the devices, each process reading what its own hold; the default
       device if None.
     host: whether the matrices of layers go to host memory; see
-      `memory.placed`.
+      `host_lib.placed`.
 
   Raises:
     Failure: if a chunk is missing or is not what was written.
@@ -67,8 +67,8 @@ def read(
   places = [None] * len(named) if mesh is None else jax.tree.leaves(
       sharding_lib.shardings(mesh, template))
   for (path, leaf), where in zip(named.items(), places, strict=True):
-    if host and path.startswith("layers.") and not memory.stays(leaf):
-      where = memory.home(where or memory.default())
+    if host and path.startswith("layers.") and not host_lib.stays(leaf):
+      where = host_lib.home(where or host_lib.default())
     pending.append((leaf, *_start(folder, path, leaf, where)))
     ahead += trees.nbytes(leaf)
     while ahead > AHEAD_BYTES and len(pending) > 1:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lora_jax import errors
-from lora_jax import memory
+from lora_jax import host as host_lib
 from lora_jax import quant
 from lora_jax import trees
 from lora_jax import types
@@ -188,7 +188,7 @@ class Stored:
     return jax.tree.map(
         lambda x: x if isinstance(x, quant.QuantizedArray)
         else jax.device_put(
-            memory.on_device(x).astype(asked.dtype), x.sharding),
+            host_lib.on_device(x).astype(asked.dtype), x.sharding),
         base, is_leaf=lambda x: isinstance(x, quant.QuantizedArray))
 
 

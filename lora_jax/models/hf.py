@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from lora_jax import errors
-from lora_jax import memory
+from lora_jax import host as host_lib
 from lora_jax import mesh as mesh_lib
 from lora_jax import quant
 from lora_jax import types
@@ -217,7 +217,7 @@ def _plain(base, slot: Slot, layer: int | None, dtype) -> np.ndarray:
             else getattr(base, slot.target))
   leaf = getattr(holder, slot.leaf) if hasattr(holder, slot.leaf) else holder
   if layer is not None:
-    leaf = memory.on_device(jax.tree.map(operator.itemgetter(layer), leaf))
+    leaf = host_lib.on_device(jax.tree.map(operator.itemgetter(layer), leaf))
   array = mesh_lib.fetch(quant.dequantize(leaf, dtype))
   return np.ascontiguousarray(array.T) if slot.linear else array
 

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from lora_jax import errors
-from lora_jax import memory
+from lora_jax import host as host_lib
 from lora_jax import mesh as mesh_lib
 from lora_jax import quant
 from lora_jax import trees
@@ -156,7 +156,7 @@ def convert(
     source, spec, dtype, skip: as there.
     mesh: the devices to spread over; None is the default device.
     host: whether the matrices of layers are put together, and stay, in host
-      memory; see `memory.placed`.
+      memory; see `host_lib.placed`.
   """
   if isinstance(source, base_store.Stored):
     return LoadedBase(
@@ -292,10 +292,10 @@ def _allocated(mesh, parts, ones, depth, host) -> list[types.Tree]:
   stacks = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct((depth, *x.shape), x.dtype), ones)
   if host:
-    far = jax.tree.map(lambda x: None if memory.stays(x) else np.empty(
+    far = jax.tree.map(lambda x: None if host_lib.stays(x) else np.empty(
         x.shape, x.dtype), stacks)
     near = jax.tree.map(
-        lambda one, x: one if memory.stays(x) else None, ones, stacks)
+        lambda one, x: one if host_lib.stays(x) else None, ones, stacks)
     return trees.combine(far, _allocated(mesh, parts, near, depth, False))
   zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stacks)
   if mesh is None:
@@ -325,10 +325,10 @@ def _pinned(mesh, parts, stacks) -> list[types.Tree]:
   """With stacks that were filled in numpy moved to host memory, in parts."""
 
   def place(x, where):
-    return mesh_lib.place(x, memory.home(where)) if isinstance(
+    return mesh_lib.place(x, host_lib.home(where)) if isinstance(
         x, np.ndarray) else x
 
-  homes = (jax.tree.map(lambda x: memory.default(), stacks) if mesh is None
+  homes = (jax.tree.map(lambda x: host_lib.default(), stacks) if mesh is None
            else _homes(mesh, parts, stacks))
   return jax.tree.map(place, stacks, homes)
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 
-from lora_jax import memory
+from lora_jax import host as host_lib
 from lora_jax import mesh as mesh_lib
 from lora_jax import quant
 from lora_jax import trees
@@ -92,7 +92,7 @@ def put(mesh: Mesh, tree: types.Tree) -> types.Tree:
   """
   return jax.tree.map(
       lambda x, sharding: mesh_lib.place(
-          x, memory.home(sharding) if memory.in_host(x) else sharding),
+          x, host_lib.home(sharding) if host_lib.in_host(x) else sharding),
       tree, shardings(mesh, tree))
 
 

@@ -28,7 +28,7 @@ import jax
 from jax import ad_checkpoint
 import jax.numpy as jnp
 
-from lora_jax import memory
+from lora_jax import host as host_lib
 from lora_jax import struct
 from lora_jax import trees
 from lora_jax import types
@@ -72,12 +72,12 @@ def scan(
   Returns:
     The last carry, and the stacked outputs.
   """
-  away = jax.tree.map(lambda x: x if memory.in_host(x) else None, xs)
+  away = jax.tree.map(lambda x: x if host_lib.in_host(x) else None, xs)
   if not spill and not jax.tree.leaves(away):
     return jax.lax.scan(
         remat_lib.wrap(functools.partial(body, shared), remat, gathers),
         carry, xs)
-  rest = jax.tree.map(lambda x: None if memory.in_host(x) else x, xs)
+  rest = jax.tree.map(lambda x: None if host_lib.in_host(x) else x, xs)
   options = Options(remat, gathers or bool(jax.tree.leaves(away)), spill)
   return _scan(body, options, shared, carry, rest, away)
 
@@ -94,7 +94,7 @@ def _copy(stacks: types.Tree, index: jax.Array | int) -> types.Tree:
   the computation. Else it is a kernel, and two of them at a time. A number
   out of `xs`, or one that is clamped here, is not seen to be linear.
   """
-  return memory.on_device(jax.tree.map(
+  return host_lib.on_device(jax.tree.map(
       lambda x: jax.lax.dynamic_index_in_dim(
           x, index, keepdims=False, allow_negative_indices=False), stacks))
 
@@ -186,15 +186,15 @@ def _spilled(saved: types.Tree, carry: types.Tree) -> types.Tree:
   """With the large ones moved to host memory."""
   least = max(x.size for x in jax.tree.leaves(carry)) // 64
   return jax.tree.map(
-      lambda x: memory.on_host(x) if x.size >= least else x, saved)
+      lambda x: host_lib.on_host(x) if x.size >= least else x, saved)
 
 
 def _backward(body, options, residuals, cotangents):
   del body, options
   saved, shared, trained, frozen, away, last = residuals
   d_carry, d_ys = jax.tree.map(_dense, cotangents, is_leaf=_is_zero)
-  spilled = jax.tree.map(lambda x: x if memory.in_host(x) else None, saved)
-  near = jax.tree.map(lambda x: None if memory.in_host(x) else x, saved)
+  spilled = jax.tree.map(lambda x: x if host_lib.in_host(x) else None, saved)
+  near = jax.tree.map(lambda x: None if host_lib.in_host(x) else x, saved)
 
   depth = _depth(trained, frozen, away)
 

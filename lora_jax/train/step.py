@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 import optax
 
 from lora_jax import adapters
-from lora_jax import memory
+from lora_jax import host as host_lib
 from lora_jax import mesh as mesh_lib
 from lora_jax import struct
 from lora_jax import types
@@ -59,8 +59,8 @@ class Settings:
     mesh: the devices that the trees are spread over, or None for one.
     attention: what computes attention, and the layout of the rows.
     mlp_tiles: into how many tiles of tokens a row is cut for the MLP.
-    offload: keys of `memory.KINDS`, what is kept in host memory. A base says
-      itself where it is; see `memory.placed`.
+    offload: keys of `host_lib.KINDS`, what is kept in host memory. A base says
+      itself where it is; see `host_lib.placed`.
   """
 
   dtype: str = "float32"
@@ -95,7 +95,7 @@ def init_state(
   opt_state = optim.transform(
       zero, precision.optim_dtype, optimizer).init(params)
   if "optimiser" in offload:
-    opt_state = memory.on_host(opt_state)
+    opt_state = host_lib.on_host(opt_state)
   return TrainState(
       step=jnp.int32(0),
       params=jax.tree.map(
@@ -196,10 +196,10 @@ def loss_and_grads(
 
 def _after(first: types.Tree, state: types.Tree) -> tuple:
   """`first`, and `state` on the device, to which it goes after that."""
-  if not any(map(memory.in_host, jax.tree.leaves(state))):
+  if not any(map(host_lib.in_host, jax.tree.leaves(state))):
     return first, state
   first, state = jax.lax.optimization_barrier((first, state))
-  return first, memory.on_device(state)
+  return first, host_lib.on_device(state)
 
 
 @functools.partial(
@@ -257,7 +257,7 @@ def train_step(
   params, opt_state = sharding.constrain(
       settings.mesh, (params, opt_state))
   if "optimiser" in settings.offload:
-    opt_state = memory.on_host(opt_state)
+    opt_state = host_lib.on_host(opt_state)
   metrics = {
       "loss": value,
       "grad_norm": norm,

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from lora_jax import adapters as adapters_lib
-from lora_jax import memory
+from lora_jax import host as host_lib
 from lora_jax import mesh as mesh_lib
 from lora_jax import quant
 from lora_jax import trees
@@ -160,9 +160,9 @@ def offloaded():
   """A step with everything in host memory, in parts, against one device."""
   one, many = Run("lora nf4"), Run("lora nf4", "mixed")
   first, loss = one.step(one.state)
-  everything = tuple(memory.KINDS)
+  everything = tuple(host_lib.KINDS)
   base, frozen = many.placed
-  base = memory.placed(base)
+  base = host_lib.placed(base)
   state = many.put(step.init_state(many.params, offload=everything))
   after, metrics = step.train_step(
       state, frozen, base, mesh_lib.put_batch(many.mesh, batch()),
@@ -170,7 +170,7 @@ def offloaded():
       settings=step.Settings(mesh=many.mesh, offload=everything))
   where = trees.paths(sharding.shardings(many.mesh, (after, base)))
   away = {path: x for path, x in trees.paths((after, base)).items()
-          if memory.in_host(x)}
+          if host_lib.in_host(x)}
   return {
       "losses": [float(metrics["loss"]), loss],
       "params": distances(first.params, after.params),
@@ -178,7 +178,7 @@ def offloaded():
           not x.sharding.is_fully_replicated for x in away.values()),
       "astray": [path for path, x in away.items()
                  if not x.sharding.is_equivalent_to(
-                     memory.home(where[path]), x.ndim)]}
+                     host_lib.home(where[path]), x.ndim)]}
 
 
 def collectives(name, remat):
@@ -270,8 +270,8 @@ def loading(folder):
       "whole": whole,
       "in host memory": [
           path for path, x in trees.paths(away.base).items()
-          if memory.in_host(x) and x.sharding.is_equivalent_to(
-              memory.home(where[path]), x.ndim)],
+          if host_lib.in_host(x) and x.sharding.is_equivalent_to(
+              host_lib.home(where[path]), x.ndim)],
       "unequal in host memory": [
           path for path, x in trees.paths(away.base).items()
           if not np.array_equal(x, trees.paths(one.base)[path])],

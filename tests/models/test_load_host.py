@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from lora_jax import memory
+from lora_jax import host as host_lib
 from lora_jax import quant
 from lora_jax import trees
 from lora_jax.models import base_cache
@@ -39,9 +39,9 @@ def check(ours, theirs):
   for path, x in found.items():
     np.testing.assert_array_equal(x, wanted[path], err_msg=path)
     away = path.startswith("layers.") and x.ndim == 3
-    assert memory.in_host(x) == away, path
+    assert host_lib.in_host(x) == away, path
     assert x.sharding.memory_kind == ("pinned_host" if away else "device")
-  assert sum(map(memory.in_host, jax.tree.leaves(ours.base))) >= 7
+  assert sum(map(host_lib.in_host, jax.tree.leaves(ours.base))) >= 7
 
 
 @pytest.mark.parametrize("fmt", ["nf4", "none"])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from lora_jax import adapters as adapters_lib
-from lora_jax import memory
+from lora_jax import host as host_lib
 from lora_jax import trees
 from lora_jax.models import remat
 from lora_jax.models import stream
@@ -57,7 +57,7 @@ def test_values_and_gradients_are_those_of_a_scan(policy, spill):
   loss, trained, weights = toy(policy, spill, KEY)
   plain, *_ = toy(policy, False, KEY)
   expected = jax.jit(jax.value_and_grad(plain))(trained, weights)
-  for where in (weights, jax.tree.map(memory.on_host, weights)):
+  for where in (weights, jax.tree.map(host_lib.on_host, weights)):
     got = jax.jit(jax.value_and_grad(loss))(trained, where)
     for ours, theirs in zip(*map(jax.tree.leaves, (got, expected))):
       np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
@@ -95,7 +95,7 @@ def stacked(method, fmt, settings, host=True):
 def placed(method, fmt):
   """(trained, frozen, base on the device, base in host memory)."""
   base, tree = contract.randomised(method, fmt)
-  return *adapters_lib.split(tree), base, memory.placed(base)
+  return *adapters_lib.split(tree), base, host_lib.placed(base)
 
 
 @pytest.mark.parametrize("policy", remat.POLICIES)
@@ -107,7 +107,7 @@ def test_no_weight_is_kept_between_the_passes(fmt, policy):
   *_, away = placed(method, fmt)
   weights = {w.shape for x in away.layers.values()
              if len((w := getattr(x, "weight", x)).shape) == 3}
-  codes = {x.shape for x in jax.tree.leaves(away.layers) if memory.in_host(x)}
+  codes = {x.shape for x in jax.tree.leaves(away.layers) if host_lib.in_host(x)}
   # Gradients of A and B are stacked, and smaller.
   assert len(weights) >= 4 and len(codes) >= 4
   assert not {shape for shape, _ in found} & (weights | codes)
@@ -125,9 +125,9 @@ def test_what_is_spilled_is_in_host_memory(policy):
   for host in (False, True):
     kept = [(shape[3:], space) for shape, space in stacked(
         "lora", "nf4", settings, host) if shape[:3] == (c.n_layers, b, t)]
-    assert ((c.d_model,), memory.HOST) in kept
+    assert ((c.d_model,), host_lib.HOST) in kept
     assert len(kept) == (1 if policy == "full" else 8)
-    assert all(space == memory.HOST for _, space in kept)
+    assert all(space == host_lib.HOST for _, space in kept)
 
 
 @functools.partial(jax.jit, static_argnames="settings")

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import adapters as adapters_lib
-from lora_jax import memory
+from lora_jax import host as host_lib
 from lora_jax import quant
 from lora_jax import types
 from lora_jax.kernels import attention as attention_lib
@@ -50,13 +50,13 @@ CASES = {
     "small base named": (SMALL, ("base",), "named", 4),
     "small activations": (SMALL, ("activations",), "named", 4),
     "small optimiser": (SMALL, ("optimiser",), "full", 4),
-    "small all": (SMALL, tuple(memory.KINDS), "full", 4),
+    "small all": (SMALL, tuple(host_lib.KINDS), "full", 4),
     "7B": (LLAMA_7B, (), "full", 5),
     "7B base": (LLAMA_7B, ("base",), "full", 5),
     "7B activations": (LLAMA_7B, ("activations",), "full", 5),
     "7B optimiser": (LLAMA_7B, ("optimiser",), "full", 5),
     "70B base": (LLAMA_70B, ("base",), "full", 4),
-    "70B all": (LLAMA_70B, tuple(memory.KINDS), "full", 4),
+    "70B all": (LLAMA_70B, tuple(host_lib.KINDS), "full", 4),
     "70B": (LLAMA_70B, (), "full", 4),
 }
 # Under three minutes; the others by name.
@@ -79,9 +79,9 @@ def base(config: config_lib.ModelConfig, host: bool) -> decoder.Base:
     layers[name] = module
 
   def repeated(x):
-    if host and not memory.stays(x):
+    if host and not host_lib.stays(x):
       whole = np.broadcast_to(np.asarray(x), (config.n_layers, *x.shape[1:]))
-      return jax.device_put(whole, memory.home(x.sharding))
+      return jax.device_put(whole, host_lib.home(x.sharding))
     return jnp.repeat(x, config.n_layers, 0)
 
   return one.replace(layers=jax.tree.map(repeated, layers))

@@ -10,7 +10,7 @@ import pytest
 
 from lora_jax import adapters as adapters_lib
 from lora_jax import errors
-from lora_jax import memory
+from lora_jax import host as host_lib
 from lora_jax import trees
 from lora_jax.evaluate import generate
 from lora_jax.evaluate import perplexity
@@ -21,14 +21,14 @@ from lora_jax.train import optim
 from lora_jax.train import step
 from tests.adapters import test_contract as contract
 
-EVERY = tuple(memory.KINDS)
+EVERY = tuple(host_lib.KINDS)
 
 
 def start(offload, method="dora"):
   base, tree = contract.randomised(method, "nf4")
   params, frozen = adapters_lib.split(tree)
   if "base" in offload:
-    base = memory.placed(base)
+    base = host_lib.placed(base)
   return step.init_state(params, offload=offload), frozen, base
 
 
@@ -107,7 +107,7 @@ def test_generation_reads_the_base_where_it_is():
   ours, theirs = (
       generate.generate(contract.CONFIG, where, tree, [[1, 2, 3], [4]],
                         max_new_tokens=4)
-      for where in (memory.placed(base), base))
+      for where in (host_lib.placed(base), base))
   assert ours == theirs
 
 
@@ -117,7 +117,7 @@ def test_evaluation_reads_the_base_where_it_is():
   ours, theirs = (
       perplexity.row_losses(tree, where, [(contract.batch(), np.arange(2))],
                             model=contract.CONFIG).nll
-      for where in (memory.placed(base), base))
+      for where in (host_lib.placed(base), base))
   np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
@@ -128,7 +128,7 @@ def test_what_is_written_is_the_same():
       lambda b: hf_export.merged(contract.CONFIG, b, tree)[1],
       lambda b: hf.state(contract.CONFIG, b, np.float32)):
     for (name, ours), (_, theirs) in zip(
-        write(memory.placed(base)), write(base), strict=True):
+        write(host_lib.placed(base)), write(base), strict=True):
       np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6,
                                  err_msg=name)
 
@@ -139,12 +139,12 @@ def test_adapters_start_from_a_base_in_host_memory():
       contract.block("dora"), targets="q_proj,down_proj", rank_pattern={})
   paths = contract.tiny.paths(contract.CONFIG)
   _, ours = adapters_lib.build(
-      jax.random.key(1), config, memory.placed(base), paths)
+      jax.random.key(1), config, host_lib.placed(base), paths)
   _, theirs = adapters_lib.build(jax.random.key(1), config, base, paths)
   theirs = trees.paths(theirs)
   for path, x in trees.paths(ours).items():
     np.testing.assert_allclose(x, theirs[path], rtol=1e-6, err_msg=path)
-    assert not memory.in_host(x)
+    assert not host_lib.in_host(x)
 
 
 @pytest.mark.parametrize("fields", [
@@ -155,5 +155,5 @@ def test_weights_that_change_cannot_be_away(fields):
       contract.block(fields["method"]), rank_pattern={}, **fields)
   with pytest.raises(errors.UsageError, match=r"compute\.offload"):
     adapters_lib.build(
-        jax.random.key(1), config, memory.placed(contract.quantised("nf4")),
+        jax.random.key(1), config, host_lib.placed(contract.quantised("nf4")),
         contract.tiny.paths(contract.CONFIG), lambda *_: None)

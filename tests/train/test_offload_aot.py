@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from lora_jax import adapters as adapters_lib
-from lora_jax import memory
+from lora_jax import host as host_lib
 from lora_jax import quant
 from lora_jax import types
 from lora_jax.kernels import attention as attention_lib
@@ -38,7 +38,7 @@ CONFIG = config_lib.ModelConfig(
     n_heads=4, n_kv_heads=4, head_dim=64)
 B, T = 4, 256
 NEAR = NamedSharding(AbstractMesh((1,), ("x",)), P(), memory_kind="device")
-FAR = NEAR.with_memory_kind(memory.PINNED)
+FAR = NEAR.with_memory_kind(host_lib.PINNED)
 
 
 def described(tree, far=lambda x: False):
@@ -59,7 +59,7 @@ def lowered(offload):
   params, frozen = adapters_lib.split(tree)
   state = step_lib.init_state(params)
   layers = described(
-      base.layers, lambda x: "base" in offload and not memory.stays(x))
+      base.layers, lambda x: "base" in offload and not host_lib.stays(x))
   moments = described(
       state.opt_state, lambda x: "optimiser" in offload and x.ndim > 0)
   ones = np.ones((1, B, T), np.int32)
@@ -80,7 +80,7 @@ def compiled():
     pytest.skip(reason)
   device = topologies.devices("h100")[0]
   with mock.patch.dict(dequantise.DEFAULTS, clear=True):
-    program = lowered(tuple(memory.KINDS))
+    program = lowered(tuple(host_lib.KINDS))
   # An abstract mesh has no backend; the default one cannot compile for it.
   program._lowering.compile_args["backend"] = device.client
   return program.compile(
