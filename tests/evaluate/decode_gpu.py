@@ -195,18 +195,21 @@ def theirs() -> None:
   import torch
   import transformers
 
+  device = "cuda" if torch.cuda.is_available() else "cpu"
   config = transformers.LlamaConfig(
-      vocab_size=32000, hidden_size=4096, intermediate_size=11008,
-      num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
-      max_position_embeddings=4096, eos_token_id=None, pad_token_id=0,
-      dtype="bfloat16")
+      vocab_size=MODEL.vocab_size, hidden_size=MODEL.d_model,
+      intermediate_size=MODEL.d_ff, num_hidden_layers=MODEL.n_layers,
+      num_attention_heads=MODEL.n_heads,
+      num_key_value_heads=MODEL.n_kv_heads, head_dim=MODEL.head_dim,
+      max_position_embeddings=MODEL.max_position, eos_token_id=None,
+      pad_token_id=0, dtype="bfloat16")
   with torch.device("meta"):
     model = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation="sdpa", dtype=torch.bfloat16)
 
   def draw(*shape):
     return torch.empty(
-        shape, dtype=torch.bfloat16, device="cuda").normal_(0, 0.02)
+        shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02)
 
   for name, module in list(model.named_modules()):
     if type(module) is torch.nn.Linear and name != "lm_head":
@@ -219,28 +222,29 @@ def theirs() -> None:
           draw(module.out_features, module.in_features), requires_grad=False,
           quant_type="nf4", compress_statistics=True, blocksize=64, module=new)
       new.weight = (weight if weight.bnb_quantized
-                    else weight._quantize(torch.device("cuda")))
+                    else weight._quantize(torch.device(device)))
       model.set_submodule(name, new)
   for module in model.modules():
     for name, p in list(module.named_parameters(recurse=False)):
       if p.is_meta:
         value = draw(*p.shape) if p.ndim > 1 else torch.ones(
-            p.shape, dtype=torch.bfloat16, device="cuda")
+            p.shape, dtype=torch.bfloat16, device=device)
         setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
   model.model.rotary_emb = type(model.model.rotary_emb)(
-      config=config).to("cuda")
+      config=config).to(device)
   model.eval()
   # A step takes tens of milliseconds: fewer tell as much.
   new = 32
   for rows in ROWS:
-    ids = torch.randint(3, 32000, (rows, READ), device="cuda")
+    ids = torch.randint(3, MODEL.vocab_size, (rows, READ), device=device)
 
     def call(n, ids=ids):
       with torch.inference_mode():
         model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=n,
             min_new_tokens=n, do_sample=False, use_cache=True)
-      torch.cuda.synchronize()
+      if device == "cuda":
+        torch.cuda.synchronize()
 
     first, total = median_seconds(lambda: call(1)), median_seconds(
         lambda: call(new))
