@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 from typing import Any, ClassVar
 import zlib
 
@@ -132,6 +133,11 @@ class Adapter:
   def prepared(self, weight: types.Tree) -> Adapter:
     """With whatever stays the same from token to token computed once."""
     del weight
+    return self
+
+  def narrowed(self, dtype: Any) -> Adapter:
+    """With what every product would round to `dtype` rounded once."""
+    del dtype
     return self
 
   def tied_logits(self, x: types.Array, logits: types.Array) -> types.Array:
@@ -311,20 +317,24 @@ def join(trainable: types.Tree, frozen_part: types.Tree) -> types.Tree:
   return trees.combine(trainable, frozen_part)
 
 
-@jax.jit
-def prepared(adapters: Adapters, tree: types.Tree) -> Adapters:
+@functools.partial(jax.jit, static_argnames="dtype")
+def prepared(
+    adapters: Adapters, tree: types.Tree, dtype: Any = jnp.float32
+) -> Adapters:
   """Adapters for decoding with frozen weights: see `Adapter.prepared`.
 
   Args:
     adapters: whole tree.
     tree: the base, whose `layers[target].weight` is stacked.
+    dtype: of the activations that they will be applied to.
 
   Returns:
     A tree that computes the same.
   """
   layers = {
       name: jax.lax.map(
-          lambda pair: pair[0].prepared(host_lib.on_device(pair[1])),
+          lambda pair: pair[0].prepared(
+              host_lib.on_device(pair[1])).narrowed(dtype),
           (adapter, tree.layers[name].weight))
       for name, adapter in adapters.layers.items()}
   weights = {"embed_tokens": tree.embed_tokens,

@@ -48,6 +48,8 @@ class DoRA(lora.LoRA):
     return jnp.linalg.norm(v + jax.lax.stop_gradient(self.delta()), axis=0)
 
   def prepared(self, weight):
+    if self.c is not None:  # Prepared before; its A and B may be rounded.
+      return self
     return dataclasses.replace(self, c=self.norms(weight))
 
   def gain(self, weight) -> jax.Array:

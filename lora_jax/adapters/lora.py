@@ -71,6 +71,10 @@ class LoRA(base.Adapter):
     low = jnp.take(self.a, tokens, axis=0)
     return jnp.take(table, tokens, axis=0) + (low * self.scale) @ self.b
 
+  def narrowed(self, dtype):
+    return dataclasses.replace(
+        self, a=self.a.astype(dtype), b=self.b.astype(dtype))
+
   def delta(self) -> jax.Array:
     """s A B, `[i, o]` float32."""
     return self.scale * jnp.matmul(self.a, self.b, precision="highest")

@@ -1,16 +1,16 @@
 """Text from a model: batched, cached, streamed.
 
 Prompts are padded on the right to a bucket and read at once; then every row
-grows by one token a step. All sizes are buckets and everything else is
-traced, so that two programs (prefill and decode) serve every request of a
-bucket.
+grows by one token a step, in a loop on the device (`decoding`). The host only
+collects what the loop has given, while the device goes on with the next
+chunk. All sizes are buckets and everything else is traced: one program reads
+the prompts of a bucket, and one draws tokens for each size of the cache, which
+doubles as it fills, so that no step reads more than twice what is there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -18,17 +18,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-from lora_jax import adapters as adapters_lib
 from lora_jax import errors
 from lora_jax import mesh as mesh_lib
 from lora_jax import types
+from lora_jax.evaluate import decoding
 from lora_jax.evaluate import sampling as sampling_lib
 from lora_jax.kernels import attention as attention_lib
-from lora_jax.models import cache as cache_lib
 from lora_jax.models import config as config_lib
-from lora_jax.models import decoder
 
-SMALLEST = 32  # Tokens of the smallest bucket.
+SMALLEST = 32  # Tokens of the smallest bucket of prompts.
+SLOTS = 128  # Of the smallest cache.
+STOPS = 8  # Tokens that may end a row without another program.
 
 
 def bucket(n: int, smallest: int = SMALLEST) -> int:
@@ -37,91 +37,6 @@ def bucket(n: int, smallest: int = SMALLEST) -> int:
   while size < n:
     size *= 2
   return size
-
-
-def _next(model, base, adapters, hidden, cache, key, rows, how):
-  """(cache, tokens [b]) from the last hidden state `[b, d]` of each row."""
-  logits = decoder.unembed(model, base, adapters, hidden)
-  return cache, sampling_lib.draw(key, logits, rows, cache.length, how)
-
-
-@functools.partial(
-    jax.jit, static_argnames=("model", "size", "dtype", "attention"))
-def prefill(
-    base: types.Tree,
-    adapters: types.Tree,
-    tokens: types.Array,
-    lengths: types.Array,
-    key: jax.Array,
-    rows: types.Array,
-    how: sampling_lib.Sampling,
-    *,
-    model: config_lib.ModelConfig,
-    size: int,
-    dtype: str,
-    attention: attention_lib.Options = attention_lib.Options(),
-) -> tuple[cache_lib.Cache, jax.Array]:
-  """Reads the prompts; gives the cache and each row's first new token.
-
-  Args:
-    base: the frozen base.
-    adapters: beside it, or None.
-    tokens: `[b, t]` int32, padded on the right.
-    lengths: `[b]` int32; 0 for rows that only fill up the batch.
-    key: PRNG key of the request.
-    rows: `[b]` int32, see `sampling.draw`.
-    how: traced parameters.
-    model: static.
-    size: s, slots of the cache; static.
-    dtype: of activations and cache; static.
-    attention: what computes attention; static. The layout is known here.
-
-  Returns:
-    The cache and `[b]` int32.
-  """
-  b, t = tokens.shape
-  positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
-  segments = (positions < lengths[:, None]).astype(jnp.int32)
-  cache = cache_lib.init_cache(model, b, size, dtype)
-  hidden, filled = decoder.forward(
-      model, base, adapters, tokens, positions, segments, cache=cache,
-      dtype=dtype,
-      attention=dataclasses.replace(attention, layout="single"))
-  last = hidden[jnp.arange(b), jnp.maximum(lengths - 1, 0)]
-  return _next(model, base, adapters, last, filled, key, rows, how)
-
-
-@functools.partial(
-    jax.jit, static_argnames=("model", "dtype"), donate_argnames="cache")
-def decode(
-    base: types.Tree,
-    adapters: types.Tree,
-    cache: cache_lib.Cache,
-    tokens: types.Array,
-    active: types.Array,
-    key: jax.Array,
-    rows: types.Array,
-    how: sampling_lib.Sampling,
-    *,
-    model: config_lib.ModelConfig,
-    dtype: str,
-) -> tuple[cache_lib.Cache, jax.Array]:
-  """One token further; see `prefill`.
-
-  Args:
-    base, adapters, key, rows, how, model, dtype: as there.
-    cache: donated.
-    tokens: `[b]` int32, the newest token of each row.
-    active: `[b]` bool; other rows leave the cache as it is.
-
-  Returns:
-    The cache and each row's next token, `[b]` int32.
-  """
-  segments = active.astype(jnp.int32)[:, None]
-  hidden, filled = decoder.forward(
-      model, base, adapters, tokens[:, None], cache.length[:, None], segments,
-      cache=cache, dtype=dtype)
-  return _next(model, base, adapters, hidden[:, 0], filled, key, rows, how)
 
 
 def generate(
@@ -166,8 +81,9 @@ def generate(
       are cut along its data axis; weights are not gathered for single tokens,
       it is their products that are summed.
     attention: what computes attention over the prompts; single tokens read
-      the cache on the plain path, as there is nothing to tile.
-    on_token: called with (index into `prompts`, token) as tokens appear.
+      the cache on a path of their own, as there is nothing to tile.
+    on_token: called with (index into `prompts`, token) as tokens appear,
+      which are then fetched one by one, not by chunks.
 
   Returns:
     The new tokens of each row.
@@ -185,44 +101,56 @@ def generate(
     return []
   _check(model, prompts)
   dtype = jnp.dtype(dtype).name
+  base, adapters = decoding.prepared(base, adapters, dtype, mesh)
   n, b = len(prompts), bucket(len(prompts), 1)
-  lengths = np.zeros(b, np.int32)
+  lengths, limits, numbers = np.zeros((3, b), np.int32)
   lengths[:n] = [len(p) for p in prompts]
+  limits[:n] = np.minimum(max_new_tokens, model.max_position - lengths[:n])
+  numbers[:n] = np.arange(n) if rows is None else rows
   tokens = np.zeros((b, bucket(int(lengths.max()))), np.int32)
   for row, prompt in zip(tokens, prompts):
     row[:len(prompt)] = prompt
-  limits = np.minimum(max_new_tokens, model.max_position - lengths[:n])
-  numbers = np.zeros(b, np.int32)
-  numbers[:n] = np.arange(n) if rows is None else rows
-  size = bucket(int((lengths[:n] + limits).max()))
-  key, stops = jax.random.key(seed), frozenset(stop_ids)
-  if adapters is not None:
-    adapters = adapters_lib.prepared(adapters, base)
+  ids = sorted(set(stop_ids))
+  stops = np.full(bucket(len(ids), STOPS), decoding.NONE, np.int32)
+  stops[:len(ids)] = ids
 
   place: Callable = lambda x: x if mesh is None else mesh_lib.put(
       mesh, x, ("requests",) + (None,) * (x.ndim - 1))
-  active = np.arange(b) < n
+  request = decoding.Request(
+      key=jax.random.key(seed), rows=place(numbers), stops=stops, how=how)
+  size = bucket(int(lengths.max()) + decoding.CHUNK, SLOTS)
+  state, given = decoding.prefill(
+      base, adapters, place(tokens), place(lengths), place(limits),
+      np.int32(bucket(int((lengths + limits).max()))), request,
+      model=model, size=size, dtype=dtype, attention=attention, mesh=mesh)
   results: list[list[int]] = [[] for _ in prompts]
-  cache, newest = prefill(
-      base, adapters, place(tokens), place(lengths), key, place(numbers), how,
-      model=model, size=size, dtype=dtype, attention=attention)
-  while True:
-    for i, token in enumerate(mesh_lib.fetch(newest)[:n].tolist()):
-      if not active[i]:
-        continue
-      if token in stops:
-        active[i] = False
-        continue
-      results[i].append(token)
-      active[i] = len(results[i]) < limits[i]
-      if on_token is not None:
-        on_token(i, token)
-    if not active.any():
-      return results
-    # A copy: the device may still read it when the next tokens come in.
-    cache, newest = decode(
-        base, adapters, cache, newest, place(active.copy()), key,
-        place(numbers), how, model=model, dtype=dtype)
+  pending, asked, alive = given[:, None], 1, np.arange(b) < n
+  while alive.any():
+    # The next tokens are asked for before these are looked at, so that the
+    # device does not wait; if these end every row, its loop ends at once.
+    further = None
+    steps = min(1 if on_token else decoding.CHUNK,
+                int(limits[alive].max()) - asked)
+    if steps > 0:
+      slots = int(lengths[alive].max()) + asked - 1 + steps
+      if slots > size:
+        size = bucket(slots, SLOTS)
+        state = decoding.grown(state, size)
+      state, further = decoding.decode(
+          base, adapters, state, request, np.int32(steps), model=model,
+          dtype=dtype, mesh=mesh)
+    for column in mesh_lib.fetch(pending)[:n].T.tolist():
+      for i, token in enumerate(column):
+        if token == decoding.NONE:
+          continue
+        results[i].append(token)
+        if on_token is not None:
+          on_token(i, token)
+    # A row that goes on has had a token of every step.
+    alive[:n] = [len(r) == asked < limit
+                 for r, limit in zip(results, limits.tolist())]
+    pending, asked = further, asked + steps
+  return results
 
 
 def _check(model, prompts) -> None:

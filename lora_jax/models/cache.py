@@ -3,13 +3,20 @@
 Every row appends at its own length, so right-padded prompts of unequal
 length continue without gaps; what a slot holds is said by its position and
 segment, and the mask rule of `attention.visible` needs nothing more.
+
+A pass reads the cache layer by layer and never writes to it: the layers hand
+their new keys and values on, and `append` puts all of them in at the end. It
+is then one update in place, where a cache threaded through the scan over
+layers would be copied whole for every token.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lora_jax import struct
@@ -21,10 +28,12 @@ from lora_jax.models import config as config_lib
 class Cache:
   """Attributes:
 
-    k, v: `[l, b, s, k, e]`.
+    k, v: `[l, b, k, s, e]`: a head's keys lie together, as products want.
     positions: `[b, s]` int32, of the token in each slot.
     segment_ids: `[b, s]` int32, 0 on empty slots.
     length: `[b]` int32, slots in use.
+    capacity: `[]` int32, tokens that a row will hold at most; s unless the
+      cache is to grow.
   """
 
   k: types.Array
@@ -32,18 +41,39 @@ class Cache:
   positions: types.Array
   segment_ids: types.Array
   length: types.Array
+  capacity: types.Array
 
 
 def init_cache(
-    config: config_lib.ModelConfig, b: int, s: int, dtype: Any = jnp.float32
+    config: config_lib.ModelConfig,
+    b: int,
+    s: int,
+    dtype: Any = jnp.float32,
+    capacity: types.Array | None = None,
 ) -> Cache:
   """An empty cache for b rows of at most s tokens; more are not stored."""
-  shape = (config.n_layers, b, s, config.n_kv_heads, config.head_dim)
+  shape = (config.n_layers, b, config.n_kv_heads, s, config.head_dim)
   return Cache(
       k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype),
       positions=jnp.zeros((b, s), jnp.int32),
       segment_ids=jnp.zeros((b, s), jnp.int32),
-      length=jnp.zeros((b,), jnp.int32))
+      length=jnp.zeros((b,), jnp.int32),
+      capacity=jnp.asarray(s if capacity is None else capacity, jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames="s")
+def grown(cache: Cache, s: int) -> Cache:
+  """The same tokens in a cache of s slots, which are no fewer."""
+  more = s - cache.positions.shape[1]
+
+  def pad(x, axis):
+    widths = [(0, more if i == axis % x.ndim else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths)
+
+  return dataclasses.replace(
+      cache, k=pad(cache.k, -2), v=pad(cache.v, -2),
+      positions=pad(cache.positions, 1),
+      segment_ids=pad(cache.segment_ids, 1))
 
 
 def extend(
@@ -73,15 +103,58 @@ def extend(
   return extended, slots
 
 
-def write(
-    cached: tuple[types.Array, types.Array],
+def append(
+    cache: Cache,
     new: tuple[types.Array, types.Array],
-    slots: types.Array,
+    positions: types.Array,
+    segment_ids: types.Array,
+) -> Cache:
+  """The cache with tokens put in, of all layers at once.
+
+  Args:
+    cache: before these tokens.
+    new: keys and values `[l, b, t, k, e]`.
+    positions, segment_ids: see `extend`.
+  """
+  extended, slots = extend(cache, positions, segment_ids)
+  # One scatter with an index for every head of every layer. Were layers and
+  # heads a part of what an index stands for, XLA on GPU would put the indexed
+  # axes first: the whole cache would be transposed, and transposed back.
+  slots = jnp.broadcast_to(
+      slots[None, :, None], (*cache.k.shape[:3], slots.shape[1]))
+
+  def head(into, values, slots):
+    return into.at[slots].set(values, mode="drop", unique_indices=True)
+
+  put = jax.vmap(jax.vmap(jax.vmap(head)))
+  k, v = (put(into, values.astype(into.dtype).swapaxes(2, 3), slots)
+          for into, values in zip((cache.k, cache.v), new, strict=True))
+  return dataclasses.replace(extended, k=k, v=v)
+
+
+def opened(
+    new: tuple[types.Array, types.Array], s: int, dtype: Any
 ) -> tuple[types.Array, types.Array]:
-  """One layer's keys and values `[b, s, k, e]` with `[b, t, k, e]` put in."""
-  return _put(cached[0], new[0], slots), _put(cached[1], new[1], slots)
+  """One layer's `[b, k, s, e]` of an empty cache with rows' first tokens.
+
+  Stacked over the layers this is the cache: it exists once.
+
+  Args:
+    new: keys and values `[b, t, k, e]` of rows that begin with a segment;
+      what padding leaves in later slots is never seen.
+    s: slots, at least t.
+    dtype: of the cache.
+  """
+
+  def one(values):
+    values = values.astype(dtype).swapaxes(1, 2)
+    return jnp.pad(
+        values, ((0, 0), (0, 0), (0, s - values.shape[2]), (0, 0)))
+
+  return one(new[0]), one(new[1])
 
 
 def _put(into, values, slots):
   rows = jnp.arange(slots.shape[0])[:, None]
-  return into.at[rows, slots].set(values.astype(into.dtype), mode="drop")
+  return into.at[rows, slots].set(
+      values.astype(into.dtype), mode="drop", unique_indices=True)

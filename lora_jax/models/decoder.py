@@ -80,8 +80,8 @@ class Context:
   Attributes:
     cos, sin: `[b, t, p/2]` float32; see `rope.tables`.
     q_positions, q_segments: `[b, t]`.
-    kv_positions, kv_segments: `[b, s]`; s is t without a cache.
-    slots: `[b, t]`, where in the cache the tokens go, or None.
+    kv_positions, kv_segments: `[b, s]`, of the cached tokens; without a
+      cache, or with an empty one, of the queries' own.
     local: cos and sin of the layers with a window, or None if they are the
       same.
     attention: static; what computes attention, and the layout of the rows.
@@ -95,7 +95,6 @@ class Context:
   q_segments: types.Array
   kv_positions: types.Array
   kv_segments: types.Array
-  slots: types.Array | None = None
   local: tuple[types.Array, types.Array] | None = None
   attention: attention_lib.Options = struct.field(
       pytree_node=False, default=attention_lib.Options())
@@ -112,7 +111,7 @@ def layer(
     noise: adapters_lib.Noise | None = None,
     window: types.Array | None = None,
     cached: tuple[types.Array, types.Array] | None = None,
-) -> tuple[types.Array, tuple[types.Array, types.Array] | None]:
+) -> tuple[types.Array, tuple[types.Array, types.Array]]:
   """One block.
 
   Args:
@@ -123,10 +122,11 @@ def layer(
     adapters: this layer's part of `Adapters.layers`.
     noise: this layer's, or None.
     window: `[]`, or None.
-    cached: this layer's keys and values `[b, s, k, e]`, or None.
+    cached: this layer's keys and values `[b, k, s, e]` of earlier tokens, or
+      None.
 
   Returns:
-    The next `[b, t, d]`, and the updated keys and values, or None.
+    The next `[b, t, d]`, and the tokens' keys and values `[b, t, k, e]`.
   """
   b, t, _ = hidden.shape
 
@@ -156,14 +156,15 @@ def layer(
   k = rope.rotate(heads(k, "k_norm"), cos, sin)
   v = heads(v, None)
   q, k, v = _name(q, "q"), _name(k, "k"), _name(v, "v")
-  if cached is not None and context.slots is not None:
-    cached = cache_lib.write(cached, (k, v), context.slots)
-    k, v = (c.astype(q.dtype) for c in cached)
-  o = attention_lib.attention(
-      q, k, v, context.q_positions, context.kv_positions,
-      context.q_segments, context.kv_segments, window,
-      options=context.attention, scale=config.attn_scale,
-      softcap=config.attn_softcap)
+  where = (context.q_positions, context.kv_positions, context.q_segments,
+           context.kv_segments, window)
+  how: dict[str, Any] = dict(
+      scale=config.attn_scale, softcap=config.attn_softcap)
+  if cached is None:
+    o = attention_lib.attention(
+        q, k, v, *where, options=context.attention, **how)
+  else:
+    o = attention_lib.cached_attention(q, k, v, cached, *where, **how)
   o, = project(o.reshape(b, t, -1), "o_proj")
   if config.post_norms:
     o = norm(_name(o, "o_out"), "post_attention_layernorm")
@@ -181,7 +182,7 @@ def layer(
   out = tiles.over_tokens(mlp, x, noise, context.mlp_tiles)
   if config.post_norms:
     out = norm(_name(out, "down_out"), "post_feedforward_layernorm")
-  return mid + out, cached
+  return mid + out, (k, v)
 
 
 def forward(
@@ -218,7 +219,7 @@ def forward(
     mesh: devices over which each layer's weights are gathered where they are
       used (`sharding.gathered`); static. None leaves them where they are.
     attention: static; what computes attention, and what is known of the
-      layout of the rows. With a cache, any but `any` says that it was empty.
+      layout of the rows. With a cache, `single` says that it is empty.
     mlp_tiles: static; into how many tiles of tokens a row is cut for the MLP.
     spill: whether what the backward pass keeps is kept in host memory.
 
@@ -228,13 +229,13 @@ def forward(
   """
   adapters = adapters or adapters_lib.Adapters()
   base = combined(base, adapters)
-  if cache is None:
-    kv_positions, kv_segments, slots = positions, segment_ids, None
-  else:
-    cache, slots = cache_lib.extend(cache, positions, segment_ids)
-    kv_positions, kv_segments = cache.positions, cache.segment_ids
+  empty = cache is not None and attention.layout == "single"
+  read = None if empty else cache
+  kv_positions, kv_segments = positions, segment_ids
+  if read is not None:
+    kv_positions, kv_segments = read.positions, read.segment_ids
   windows = config.windows()
-  capacity = None if cache is None else kv_positions.shape[1]
+  capacity = None if cache is None else cache.capacity
 
   def turns(which):
     return rope.tables(
@@ -244,7 +245,7 @@ def forward(
   local = windows is not None and config.local_rope
   context = Context(
       cos=cos, sin=sin, q_positions=positions, q_segments=segment_ids,
-      kv_positions=kv_positions, kv_segments=kv_segments, slots=slots,
+      kv_positions=kv_positions, kv_segments=kv_segments,
       local=turns(local) if local else None,
       attention=dataclasses.replace(
           attention, windows=tuple(sorted(set(windows or ())))),
@@ -257,16 +258,23 @@ def forward(
     draw = None if noise is None else noise.at_layer(index)
     weights = sharding.housed(mesh, sharding.gathered(mesh, weights, dtype))
     layer_adapters = sharding.gathered(mesh, layer_adapters)
-    hidden, cached = layer(
+    hidden, new = layer(
         config, context, hidden, weights, layer_adapters, draw, window, cached)
-    return sharding.rows(mesh, hidden), cached
+    return sharding.rows(mesh, hidden), keep(new)
+
+  def keep(new):
+    """What the scan stacks of a layer's keys and values."""
+    if cache is None:
+      return None
+    slots = cache.positions.shape[1]
+    return cache_lib.opened(new, slots, cache.k.dtype) if empty else new
 
   xs = (
       jnp.arange(config.n_layers, dtype=jnp.int32),
       base.layers,
       adapters.layers,
       None if windows is None else jnp.asarray(windows, jnp.int32),
-      None if cache is None else (cache.k, cache.v),
+      None if read is None else (read.k, read.v),
   )
   # Looked up where the parts of the table are, then exchanged: what is looked
   # up is less than the table.
@@ -275,11 +283,14 @@ def forward(
   if config.embed_scale is not None:
     # transformers rounds it too: 55.5 for sqrt(3072) in bfloat16.
     hidden = hidden * jnp.asarray(config.embed_scale, dtype)
-  hidden, cached = stream.scan(
+  hidden, new = stream.scan(
       body, (context, noise), sharding.rows(mesh, hidden), xs, remat=remat,
       gathers=sharding.gathers(mesh), spill=spill)
-  if cache is not None:
-    cache = dataclasses.replace(cache, k=cached[0], v=cached[1])
+  if read is not None:
+    cache = cache_lib.append(read, new, positions, segment_ids)
+  elif cache is not None:
+    cache, _ = cache_lib.extend(cache, positions, segment_ids)
+    cache = dataclasses.replace(cache, k=new[0], v=new[1])
   return layers_lib.rms_norm(
       hidden, base.norm, config.norm_eps, config.norm_offset), cache
 

@@ -66,3 +66,11 @@ Statistic: TypeAlias = types.Array | Nested  # `[q, o]`.
 def unnest(x: Statistic) -> jax.Array:
   """The float32 `[q, o]` that `x` is or stands for."""
   return x.dequantize() if isinstance(x, Nested) else jnp.asarray(x)
+
+
+@jax.jit
+def unnested(x: Nested) -> jax.Array:
+  """float32 `[..., q, o]` of a stack; layer by layer, to need no more."""
+  if x.codes.ndim == 2:
+    return x.dequantize()
+  return jax.lax.map(unnested, x)

@@ -11,6 +11,7 @@ import pytest
 
 from lora_jax import adapters as adapters_lib
 from lora_jax import errors
+from lora_jax.evaluate import decoding
 from lora_jax.evaluate import generate as generate_lib
 from lora_jax.evaluate import sampling as sampling_lib
 from lora_jax.models import init
@@ -137,8 +138,7 @@ def test_context_ends_a_row(model, run):
 
 def test_no_recompilation(run):
   def sizes():
-    return (generate_lib.prefill._cache_size(),
-            generate_lib.decode._cache_size())
+    return (decoding.prefill._cache_size(), decoding.decode._cache_size())
 
   run()
   before = sizes()

@@ -14,7 +14,7 @@ from lora_jax import adapters as adapters_lib
 from lora_jax import types as types_lib
 from lora_jax.data import packing
 from lora_jax.data import templates
-from lora_jax.evaluate import generate
+from lora_jax.evaluate import decoding
 from lora_jax.evaluate import perplexity
 from lora_jax.evaluate import sampling
 from lora_jax.kernels import attention
@@ -104,15 +104,16 @@ def test_callers_declare_what_they_know(seen):
   ) == {("single", windows, 16)}
   assert trace(perplexity.row_nll, none, base, batch, model=config) == {
       ("packed", windows, 16)}
-  how = sampling.sampling(0.0, 0, 1.0)
   rows = jnp.zeros(2, jnp.int32)
+  request = decoding.Request(key, rows, rows, sampling.sampling(0.0, 0, 1.0))
   assert trace(
-      generate.prefill, base, none, batch.tokens, rows, key, rows, how,
+      decoding.prefill, base, none, batch.tokens, rows, rows, 32, request,
       model=config, size=32, dtype="float32") == {("single", windows, 16)}
   cache = cache_lib.init_cache(config, 2, 32)
-  assert trace(
-      generate.decode, base, none, cache, rows, rows > 0, key, rows, how,
-      model=config, dtype="float32") == {("any", windows, 1)}
+  state = decoding.State(cache, rows, rows > 0, rows)
+  # One token has no layout, and its own path.
+  assert not trace(decoding.decode, base, none, state, request, 4,
+                   model=config, dtype="float32")
 
 
 @pytest.mark.parametrize("lengths", [(9, 5), (16,), (1, 1, 3), (7,)])

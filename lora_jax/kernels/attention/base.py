@@ -181,6 +181,27 @@ def named(tree: types.Tree) -> types.Tree:
       lambda x: ad_checkpoint.checkpoint_name(x, "o"), tree)
 
 
+def wide_on_cpu(
+    attend: Callable[..., types.Array],
+    *operands: types.Array,
+    dtypes: Sequence[Any] = (jnp.float16,),
+) -> types.Array:
+  """`attend(*operands)`; on CPUs in float32, if it is of one of `dtypes`.
+
+  XLA's CPU backend has no float16 product with a float32 sum, and of bfloat16
+  only some.
+  """
+  dtype = operands[0].dtype
+  if dtype not in dtypes:
+    return attend(*operands)
+
+  def wide(*operands):
+    out = attend(*(x.astype(jnp.float32) for x in operands))
+    return out.astype(dtype)
+
+  return jax.lax.platform_dependent(*operands, cpu=wide, default=attend)
+
+
 def starts(segments: types.Array) -> types.Array:
   """Index of the first token of each token's segment.
 

@@ -60,15 +60,7 @@ def run(call: base.Call) -> types.Array:
           q, k, v, mask=seen, scale=call.scale, implementation="xla")
     return _capped(q, k, v, seen, call.scale, call.softcap)
 
-  def wide(*operands):
-    out = attend(*(x.astype(jnp.float32) for x in operands))
-    return out.astype(call.q.dtype)
-
-  if call.q.dtype != jnp.float16:
-    return attend(call.q, call.k, call.v)
-  # XLA's CPU backend has no float16 product with a float32 sum.
-  return jax.lax.platform_dependent(
-      call.q, call.k, call.v, cpu=wide, default=attend)
+  return base.wide_on_cpu(attend, call.q, call.k, call.v)
 
 
 def _capped(q, k, v, seen, scale, softcap):
