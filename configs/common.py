@@ -144,6 +144,10 @@ def get_config() -> config_dict.ConfigDict:
   # float16 only: first scale of the loss, finite steps until it doubles.
   config.compute.loss_scale = 32768.0
   config.compute.loss_scale_interval = 2000
+  # In what frozen weights are multiplied while training: auto (compute.dtype),
+  # fp8 or fp8_tensor (8-bit floats, scaled by token or by tensor; NVIDIA Ada
+  # or later, compute.dtype=bfloat16). lora_jax/quant/fp8.py says how.
+  config.compute.frozen_matmul = "auto"
   config.compute.remat = "named"  # none dots named full
   # auto plain cudnn tokamax splash; auto takes the fastest that can.
   config.compute.attention = "auto"

@@ -34,6 +34,7 @@ from lora_jax.models import layers as layers_lib
 from lora_jax.models import remat as remat_lib
 from lora_jax.models import rope
 from lora_jax.models import sharding
+from lora_jax.quant import fp8
 
 _name = ad_checkpoint.checkpoint_name
 
@@ -185,6 +186,7 @@ def forward(
     remat: str = "none",
     mesh: Any = None,
     attention: attention_lib.Options = attention_lib.Options(),
+    frozen_matmul: str = "auto",
 ) -> tuple[types.Array, cache_lib.Cache | None]:
   """Hidden states of a batch of rows, packed or padded, cached or not.
 
@@ -203,12 +205,15 @@ def forward(
       used (`sharding.gathered`); static. None leaves them where they are.
     attention: static; what computes attention, and what is known of the
       layout of the rows. With a cache, any but `any` says that it was empty.
+    frozen_matmul: static; in what the layers' frozen weights are multiplied, a
+      key of `fp8.RECIPES`.
 
   Returns:
     `[b, t, d]` after the final norm, in `dtype`, and the cache with these
     tokens appended (None without one).
   """
   adapters = adapters or adapters_lib.Adapters()
+  trained = _trained(adapters)
   base = combined(base, adapters)
   if cache is None:
     kv_positions, kv_segments, slots = positions, segment_ids, None
@@ -235,6 +240,7 @@ def forward(
     index, weights, layer_adapters, window, cached = xs
     draw = None if noise is None else noise.at_layer(index)
     weights = sharding.housed(mesh, sharding.gathered(mesh, weights, dtype))
+    weights = fp8.marked(weights, frozen_matmul, trained)
     layer_adapters = sharding.gathered(mesh, layer_adapters)
     hidden, cached = layer(
         config, context, hidden, weights, layer_adapters, draw, window, cached)
@@ -313,6 +319,13 @@ def combined(base: Base, adapters: adapters_lib.Adapters | None) -> Base:
   if adapters is None or adapters.overrides is None:
     return base
   return trees.combine(adapters.overrides, base)
+
+
+def _trained(adapters):
+  """Targets of the layers whose weights are trained themselves."""
+  layers = {} if adapters.overrides is None else adapters.overrides.layers
+  return {target for target, module in layers.items()
+          if getattr(module, "weight", None) is not None}
 
 
 def _embed(base, adapters, tokens, dtype):

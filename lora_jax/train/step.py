@@ -51,6 +51,8 @@ class Settings:
     optim_dtype: how Adam's first moment is stored.
     mesh: the devices that the trees are spread over, or None for one.
     attention: what computes attention, and the layout of the rows.
+    frozen_matmul: in what the layers' frozen weights are multiplied, a key of
+      `quant.fp8.RECIPES`.
   """
 
   dtype: str = "float32"
@@ -59,6 +61,7 @@ class Settings:
   optim_dtype: str = "float32"
   mesh: Mesh | None = None
   attention: attention_lib.Options = attention_lib.Options(layout="packed")
+  frozen_matmul: str = "auto"
 
 
 def init_state(
@@ -117,7 +120,8 @@ def weighted_sum(
   hidden, _ = decoder.forward(
       model, base, tree, batch.tokens, batch.positions, batch.segment_ids,
       noise=noise(batch), dtype=settings.dtype, remat=settings.remat,
-      mesh=settings.mesh, attention=settings.attention)
+      mesh=settings.mesh, attention=settings.attention,
+      frozen_matmul=settings.frozen_matmul)
 
   def unembed(trainable, rest, chunk, part):
     head_base, head_frozen, step_key = rest
