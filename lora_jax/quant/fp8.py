@@ -207,7 +207,7 @@ def rounded_weight(w: Any) -> tuple[jax.Array, jax.Array]:
   if not isinstance(w, base.QuantizedArray):
     return rounded(w, Rounding(E4M3, False))
   scale, inverse = _power(_largest(w), E4M3)
-  scaled = {
+  scaled: dict[str, Any] = {
       name: (x * inverse).astype(x.dtype)
       for name, x in w.statistics().items()
       if jnp.issubdtype(x.dtype, jnp.floating)}
