@@ -146,6 +146,10 @@ def get_config() -> config_dict.ConfigDict:
   # float16 only: first scale of the loss, finite steps until it doubles.
   config.compute.loss_scale = 32768.0
   config.compute.loss_scale_interval = 2000
+  # In what frozen weights are multiplied while training: auto (compute.dtype),
+  # fp8 or fp8_tensor (8-bit floats, scaled by token or by tensor; NVIDIA Ada
+  # or later, compute.dtype=bfloat16). lora_jax/quant/fp8.py says how.
+  config.compute.frozen_matmul = "auto"
   # none dots named full; auto is named, unless the memory block needs others.
   config.compute.remat = "auto"
   # Tiles of tokens in which each MLP is computed; 0: 1, or what memory needs.

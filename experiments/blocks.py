@@ -169,6 +169,9 @@ def check(config: Config) -> None:
   for build in (quant, skip, adapter, train, optim, precision, base_dtype,
                 memory, log, offload):
     build(config)
+  precision_lib.check_frozen_matmul(
+      config["compute"]["frozen_matmul"], config["compute"]["dtype"],
+      config["adapter"]["method"])
   errors.choose("compute.remat", config["compute"]["remat"], remat.POLICIES)
   errors.choose("compute.attention", config["compute"]["attention"],
                 attention.CHOICES)

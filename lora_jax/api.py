@@ -298,6 +298,8 @@ class Model:
     config = (config or loop.TrainConfig()).validate()
     optim = (optim or optim_lib.OptimConfig()).validate()
     precision = (precision or precision_lib.Precision()).validate()
+    precision_lib.check_frozen_matmul(
+        precision.frozen_matmul, self.dtype, self.adapter_config.method)
     params, frozen = adapters_lib.split(self.adapters)
     if config.steps and not jax.tree.leaves(params):
       raise errors.UsageError(
@@ -325,7 +327,7 @@ class Model:
             dtype=self.dtype, remat=remat,
             noise=self.adapter_config.dropout > 0,
             optim_dtype=precision.optim_dtype, optimizer=optim.name,
-            mesh=self.mesh,
+            mesh=self.mesh, frozen_matmul=precision.frozen_matmul,
             attention=self._attention("packed" if packing else "single"),
             offload=self.offload),
         key=jax.random.key(seed),

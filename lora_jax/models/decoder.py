@@ -34,6 +34,7 @@ from lora_jax.models import rope
 from lora_jax.models import sharding
 from lora_jax.models import stream
 from lora_jax.models import tiles
+from lora_jax.quant import fp8
 
 _name = ad_checkpoint.checkpoint_name
 
@@ -201,6 +202,7 @@ def forward(
     attention: attention_lib.Options = attention_lib.Options(),
     mlp_tiles: int = 1,
     spill: bool = False,
+    frozen_matmul: str = "auto",
 ) -> tuple[types.Array, cache_lib.Cache | None]:
   """Hidden states of a batch of rows, packed or padded, cached or not.
 
@@ -222,12 +224,15 @@ def forward(
       layout of the rows. With a cache, `single` says that it is empty.
     mlp_tiles: static; into how many tiles of tokens a row is cut for the MLP.
     spill: whether what the backward pass keeps is kept in host memory.
+    frozen_matmul: static; in what the layers' frozen weights are multiplied, a
+      key of `fp8.RECIPES`.
 
   Returns:
     `[b, t, d]` after the final norm, in `dtype`, and the cache with these
     tokens appended (None without one).
   """
   adapters = adapters or adapters_lib.Adapters()
+  trained = _trained(adapters)
   base = combined(base, adapters)
   empty = cache is not None and attention.layout == "single"
   read = None if empty else cache
@@ -249,7 +254,7 @@ def forward(
       local=turns(local) if local else None,
       attention=dataclasses.replace(
           attention, windows=tuple(sorted(set(windows or ())))),
-      join=_joins(dtype, mesh, cache),
+      join=frozen_matmul == "auto" and _joins(dtype, mesh, cache),
       mlp_tiles=mlp_tiles)
 
   def body(shared, hidden, xs):
@@ -257,6 +262,7 @@ def forward(
     index, weights, layer_adapters, window, cached = xs
     draw = None if noise is None else noise.at_layer(index)
     weights = sharding.housed(mesh, sharding.gathered(mesh, weights, dtype))
+    weights = fp8.marked(weights, frozen_matmul, trained)
     layer_adapters = sharding.gathered(mesh, layer_adapters)
     hidden, new = layer(
         config, context, hidden, weights, layer_adapters, draw, window, cached)
@@ -346,6 +352,13 @@ def combined(base: Base, adapters: adapters_lib.Adapters | None) -> Base:
   if adapters is None or adapters.overrides is None:
     return base
   return trees.combine(adapters.overrides, base)
+
+
+def _trained(adapters):
+  """Targets of the layers whose weights are trained themselves."""
+  layers = {} if adapters.overrides is None else adapters.overrides.layers
+  return {target for target, module in layers.items()
+          if getattr(module, "weight", None) is not None}
 
 
 def _embed(base, adapters, tokens, dtype):

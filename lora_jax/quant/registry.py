@@ -14,6 +14,7 @@ from lora_jax import types
 from lora_jax.quant import base
 from lora_jax.quant import double
 from lora_jax.quant import fp4
+from lora_jax.quant import fp8
 from lora_jax.quant import int4
 from lora_jax.quant import int8
 from lora_jax.quant import llm_int8
@@ -87,9 +88,12 @@ def _quantize(w: jax.Array, spec: base.QuantSpec) -> base.QuantizedArray:
 
 
 def dequantize(
-    w: types.Array | base.QuantizedArray, dtype: Any = jnp.float32
+    w: types.Array | base.QuantizedArray | fp8.InFloat8,
+    dtype: Any = jnp.float32,
 ) -> jax.Array:
   """The weight `[..., i, o]` in `dtype`, of a plain or a quantised array."""
+  if isinstance(w, fp8.InFloat8):
+    w = w.weight
   if isinstance(w, base.QuantizedArray):
     return w.dequantize(dtype)
   return jnp.asarray(w).astype(dtype)

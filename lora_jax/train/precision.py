@@ -12,6 +12,8 @@ What is in which format under `compute.dtype`:
   Adam's mu                   float32    float32    float32    optim_dtype
   Adam's nu                   float32    float32    float32
   both under adamw8bit        uint8      uint8      uint8      optim.name
+  operands of frozen products,
+  while training              float32    bfloat16   float16    frozen_matmul
   loss scale                  none       none       dynamic
 
 float16 holds 6e-8 to 65504, and gradients of a mean over thousands of tokens
@@ -35,6 +37,7 @@ import jax.numpy as jnp
 from lora_jax import errors
 from lora_jax import struct
 from lora_jax import types
+from lora_jax.quant import fp8
 
 COMPUTE = ("float32", "bfloat16", "float16")
 # A float16 master copy would lose most of a run's updates, and float16
@@ -64,6 +67,25 @@ def base_dtype(dtype: str, base: str = "auto") -> str:
   return dtype if base == "auto" else base
 
 
+def check_frozen_matmul(name: str, dtype: str, method: str) -> None:
+  """Whether a run can multiply its frozen weights as asked for.
+
+  Args:
+    name: `compute.frozen_matmul`.
+    dtype: compute type of activations.
+    method: `adapter.method`.
+
+  Raises:
+    errors.UsageError: for an unknown name, or where it does not apply.
+    errors.UserError: if this machine's devices cannot.
+  """
+  fp8.check(name, dtype)
+  if method == "full" and name != "auto":
+    raise errors.UsageError(
+        f"compute.frozen_matmul={name} is for frozen weights, and "
+        "adapter.method=full trains them all; use compute.frozen_matmul=auto")
+
+
 @dataclasses.dataclass(frozen=True)
 class Precision:
   """What the `compute` block says of training's number formats.
@@ -73,18 +95,23 @@ class Precision:
     optim_dtype: how Adam's first moment is stored.
     loss_scale: the first scale; used if activations are float16.
     loss_scale_interval: finite steps after which the scale doubles.
+    frozen_matmul: in what frozen weights are multiplied while training, a key
+      of `fp8.RECIPES`.
   """
 
   adapter_dtype: str = "float32"
   optim_dtype: str = "float32"
   loss_scale: float = 2.0**15
   loss_scale_interval: int = 2000
+  frozen_matmul: str = "auto"
 
   def validate(self) -> Precision:
     """Returns itself; raises `errors.UsageError` on a bad value."""
     for name in ("adapter_dtype", "optim_dtype"):
       errors.choose(
           f"compute.{name}", getattr(self, name), dict.fromkeys(STORED))
+    errors.choose(
+        "compute.frozen_matmul", self.frozen_matmul, fp8.RECIPES)
     if not MIN_SCALE <= self.loss_scale <= MAX_SCALE:
       raise errors.UsageError(
           f"compute.loss_scale={self.loss_scale} is out of range; use a "

@@ -61,6 +61,8 @@ class Settings:
     mlp_tiles: into how many tiles of tokens a row is cut for the MLP.
     offload: keys of `host_lib.KINDS`, what is kept in host memory. A base says
       itself where it is; see `host_lib.placed`.
+    frozen_matmul: in what the layers' frozen weights are multiplied, a key of
+      `quant.fp8.RECIPES`.
   """
 
   dtype: str = "float32"
@@ -72,6 +74,7 @@ class Settings:
   attention: attention_lib.Options = attention_lib.Options(layout="packed")
   mlp_tiles: int = 1
   offload: tuple[str, ...] = ()
+  frozen_matmul: str = "auto"
 
 
 def init_state(
@@ -139,7 +142,8 @@ def weighted_sum(
       model, base, tree, batch.tokens, batch.positions, batch.segment_ids,
       noise=noise(batch), dtype=settings.dtype, remat=settings.remat,
       mesh=settings.mesh, attention=settings.attention,
-      mlp_tiles=settings.mlp_tiles, spill="activations" in settings.offload)
+      mlp_tiles=settings.mlp_tiles, spill="activations" in settings.offload,
+      frozen_matmul=settings.frozen_matmul)
 
 
   def unembed(trainable, rest, chunk, part):

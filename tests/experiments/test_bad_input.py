@@ -72,6 +72,9 @@ USAGE = {
     "attention": (
         {"compute__attention": "cudn"}, 'compute.attention="cudn" is unknown; '
         'did you mean "cudnn"?'),
+    "frozen matmul": (
+        {"compute__frozen_matmul": "fp8"}, "frozen_matmul=fp8",
+        "compute.dtype=bfloat16"),
     "data format": (
         {"data__format": "alpacca"}, 'data.format="alpacca" is unknown; did '
         'you mean "alpaca"?'),

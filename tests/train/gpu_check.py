@@ -90,12 +90,16 @@ def batch() -> types.Batch:
       segment_ids=segments, example_ids=segments)
 
 
-def run(base, tree, dtype: str, attention: str) -> str:
-  """Trains; the losses, seconds of compilation and tokens a second."""
+def run(base, tree, dtype: str, attention: str, **options) -> str:
+  """Trains; the losses, seconds of compilation and tokens a second.
+
+  `options` are further fields of `step.Settings`.
+  """
   params, frozen = adapters_lib.split(tree)
   state = step.init_state(params, precision.Precision(), dtype)
   settings = step.Settings(
-      dtype=dtype, attention=attention_lib.Options(attention, "packed"))
+      dtype=dtype, attention=attention_lib.Options(attention, "packed"),
+      **options)
   hyper = optim.hyper(optim.OptimConfig(), 1e-3)
   data = jax.device_put(batch())
   losses, times = [], []
