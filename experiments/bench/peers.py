@@ -100,6 +100,11 @@ def line(config: Mapping[str, Any], found: lines.Line) -> lines.Line | None:
   if "error" in found:
     return about | {"error": found["error"]}
   model = geometry.chosen(config["model"])
+  theirs, ours = found["n_matmul"], flops.matmul_parameters(model)
+  if theirs != ours:
+    return about | {"error": (
+        f"another model goes by this name there: {theirs:,} parameters in "
+        f"products, and here {ours:,}")}
   # By our count, so that both stand in one column.
   per_token = flops.train_token(model, [found["seq"]])
   peak = found.get("peak_alloc_gib")

@@ -40,7 +40,7 @@ for case in a.shapes.split(","):
     line |= {"step_ms": 500.0, "step_ms_min": 490.0, "step_ms_max": 510.0,
              "tokens_per_s": b * t / 0.5, "peak_alloc_gib": 34.5,
              "loss_first": 11.0, "loss_last": 10.5, "finite": True,
-             "steps": a.steps}
+             "steps": a.steps, "n_matmul": %d}
   print(json.dumps(line))
 """
 KERNELS = """
@@ -82,13 +82,18 @@ class Folder:
 
 @pytest.fixture
 def folder(tmp_path):
-  (tmp_path / "torch_qlora.py").write_text(TRAIN)
+  return make(tmp_path)
+
+
+def make(tmp_path, n_matmul=6_607_077_376):
+  (tmp_path / "torch_qlora.py").write_text(TRAIN % n_matmul)
   (tmp_path / "bnb_kernels.py").write_text(KERNELS)
   return Folder(tmp_path)
 
 
-def test_steps_of_the_peers_in_our_words(folder):
-  found = folder.run(
+def test_steps_of_the_peers_in_our_words(tmp_path):
+  # Four layers of 4 x 4096^2 + 3 x 4096 x 11008, and the head.
+  found = make(tmp_path, 4 * 202_375_168 + 131_072_000).run(
       "llama2-7b,n_layers=4", train__shapes="4x2048,8x2048")
   steps, kernels = found[:8], found[8:]
   assert [(x["name"], x["batch"], x["checkpointing"]) for x in steps] == [
@@ -139,6 +144,13 @@ def test_only_what_is_alike_is_compared(folder, changes, reason):
   found = folder.run(**changes, peers__kernels=False)
   assert [x["name"] for x in found] == ["train"]
   assert found[0]["error"].startswith(f"not comparable: {reason}")
+
+
+def test_models_of_one_name_are_compared(tmp_path):
+  first, *_ = make(tmp_path, 1_605_632).run(peers__kernels=False)
+  assert first["error"] == (
+      "another model goes by this name there: 1,605,632 parameters in "
+      "products, and here 6,607,077,376")
 
 
 def test_why_there_are_no_peers(folder, tmp_path):
