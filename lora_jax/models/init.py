@@ -109,15 +109,33 @@ def quantised_base(
   return assemble(config, drawn)
 
 
-@functools.partial(jax.jit, static_argnames=("slot", "spec", "dtype"))
 def _stored(keys, slot: hf.Slot, spec, dtype) -> types.Tree:
-  """A parameter of every layer, a layer after the other."""
+  """A parameter, or its stack, filled a layer after the other."""
+  how = {"slot": slot, "spec": spec, "dtype": dtype}
+  if not slot.stacked:
+    return _one(keys[0], **how)
+  like = jax.eval_shape(functools.partial(_one, **how), keys[0])
+  stack = jax.tree.map(
+      lambda x: jnp.zeros((len(keys), *x.shape), x.dtype), like)
+  for layer, key in enumerate(keys):
+    stack = _put(stack, jnp.int32(layer), key, **how)
+  return stack
 
-  def one(key):
-    value = _draw(key, slot, (), dtype)
-    return quant.quantize(value, spec) if slot.linear else value
 
-  return jax.lax.map(one, keys) if slot.stacked else one(keys[0])
+@functools.partial(jax.jit, static_argnames=("slot", "spec", "dtype"))
+def _one(key, slot, spec, dtype) -> types.Tree:
+  value = _draw(key, slot, (), dtype)
+  return quant.quantize(value, spec) if slot.linear else value
+
+
+# Not a loop inside the program: XLA carries the stack through that in another
+# layout than it gives it back in, and so needs it twice.
+@functools.partial(
+    jax.jit, static_argnames=("slot", "spec", "dtype"), donate_argnums=0)
+def _put(stack, layer, key, slot, spec, dtype) -> types.Tree:
+  return jax.tree.map(
+      lambda all_, one: jax.lax.dynamic_update_index_in_dim(
+          all_, one, layer, 0), stack, _one(key, slot, spec, dtype))
 
 
 def assemble(
