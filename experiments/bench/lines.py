@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import math
+import os
 import platform
 from typing import Any
 
@@ -16,10 +17,20 @@ Emit = Callable[[Line], None]
 
 
 def stamped(emit: Emit) -> Emit:
-  """`emit` of lines that say which device and jax they come from."""
+  """`emit` of lines that say where they come from.
+
+  `compilation_cache` says whether programs may have been compiled by an
+  earlier process (JAX_COMPILATION_CACHE_DIR): seconds of compilation mean
+  nothing then.
+  """
   device = jax.devices()[0]
-  stamp = {"device": device.device_kind, "platform": device.platform,
-           "jax": jax.__version__, "python": platform.python_version()}
+  cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+  stamp = {
+      "device": device.device_kind, "platform": device.platform,
+      "devices": jax.device_count(), "jax": jax.__version__,
+      "python": platform.python_version(),
+      "xla_flags": os.environ.get("XLA_FLAGS", ""),
+      "compilation_cache": cache is not None}
   return lambda line: emit(line | stamp)
 
 

@@ -79,6 +79,9 @@ def quantised_base(
 ) -> decoder.Base:
   """A base as `random_base` draws it (other numbers), already quantised.
 
+  Embeddings that are the head as well are ~ N(0, 1/d), so that logits have
+  the variance that a head gives them.
+
   Every layer of a projection is drawn and quantised by itself: of a model of
   70 B parameters not even one projection's floats would fit beside the rest.
 
@@ -106,6 +109,8 @@ def quantised_base(
         hf.Slot("" if slot.linear else slot.target, slot.leaf, slot.shape,
                 slot.stacked, slot.linear),
         spec if quantised else quant.QuantSpec("none"), jnp.dtype(dtype))
+  if config.tie_embeddings:
+    drawn["embed_tokens", "weight"] *= config.d_model**-0.5
   return assemble(config, drawn)
 
 

@@ -218,6 +218,7 @@ def of(measured, part):
 def test_every_line_says_where_it_comes_from(measured):
   for line in measured:
     assert line["device"] == jax.devices()[0].device_kind
+    assert line["compilation_cache"]  # tests/conftest.py
     assert line["jax"] == jax.__version__ and len(line["commit"]) >= 40
     assert line["command"].startswith(
         "python -m experiments.bench --config=")

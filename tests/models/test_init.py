@@ -54,6 +54,16 @@ def test_every_weight_is_drawn_as_said():
   assert len(set(flat)) == len(flat)  # No two layers or projections alike.
 
 
+def test_a_tied_head_gives_logits_of_variance_1():
+  for tied, variance in ((False, 1.0), (True, 1 / 24)):
+    config = dataclasses.replace(LLAMA, tie_embeddings=tied, vocab_size=2000)
+    base = init.quantised_base(KEY, config, NONE)
+    found = np.asarray(base.embed_tokens, np.float32)
+    assert base.embed_tokens.dtype == jnp.bfloat16
+    assert abs(found.var() / variance - 1) < 4 * (2 / found.size) ** 0.5
+    assert (base.lm_head is None) == tied
+
+
 def test_what_is_skipped_stays_as_it_is():
   base = init.quantised_base(KEY, LLAMA, SPEC, skip=("q_proj",))
   assert isinstance(base.layers["q_proj"].weight, jax.Array)
