@@ -73,7 +73,9 @@ def _rate(line: lines.Line) -> str:
 
 
 def _model(line: lines.Line) -> str:
-  method = f"{line.get('method', '')} r={line.get('rank', '')}"
+  method = line.get("method", "")
+  if method not in ("full", "none"):
+    method += f" r={line.get('rank')}"
   return " ".join(filter(None, (
       line.get("geometry"), line.get("changes"), line.get("format"), method,
       line.get("dtype"))))
