@@ -31,6 +31,9 @@ from lora_jax.models import config as config_lib
 from lora_jax.train import optim as optim_lib
 from lora_jax.train import step as step_lib
 
+# Policies by what they keep, the least first; all of `remat.POLICIES`.
+SAVED = ("full", "dots", "named", "none")
+
 
 def batch(
     shape: tuple[int, int, int], vocab_size: int, packed: int, seed: int = 0
@@ -194,20 +197,25 @@ def memory(compiled: Any, before: int | None) -> lines.Line:
   return found
 
 
+def cases(train: Mapping[str, Any]) -> list[tuple[str, tuple[int, int]]]:
+  """(policy, shape) of a `train` block.
+
+  The least memory first: a step's peak is known only if it is the highest so
+  far.
+  """
+  shapes = settings_lib.shapes("train.shapes", train["shapes"])
+  policies = sorted(blocks.names(train["remat"]), key=SAVED.index)
+  return [(remat, shape) for remat in policies
+          for shape in sorted(shapes, key=math.prod)]
+
+
 def run(config: Mapping[str, Any], emit: lines.Emit) -> None:
   """Emits a line for each policy and shape."""
   train = config["train"]
-  shapes = settings_lib.shapes("train.shapes", train["shapes"])
-  policies = blocks.names(train["remat"])
   model = built_lib.build(config)
-
-  # The least memory first, so that each peak can be told.
-  order = sorted(policies, key=("full", "dots", "named", "none").index)
-  for remat in order:
-    for shape in sorted(shapes, key=math.prod):
-      case = {"part": "train", "name": "step", **model.case,
-              "batch": shape[0], "length": shape[1], "remat": remat,
-              "packed": train["packed"],
-              "accumulation": train["accumulation"]}
-      lines.attempt(emit, case, functools.partial(
-          measure, config, model, shape, remat))
+  for remat, shape in cases(train):
+    case = {"part": "train", "name": "step", **model.case,
+            "batch": shape[0], "length": shape[1], "remat": remat,
+            "packed": train["packed"], "accumulation": train["accumulation"]}
+    lines.attempt(emit, case, functools.partial(
+        measure, config, model, shape, remat))
