@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+import functools
 import math
 from typing import Any
 
@@ -9,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from lora_jax import quant
+from lora_jax import types
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
 from lora_jax.models import hf
@@ -46,20 +50,97 @@ def _random_base(key, config, dtype) -> decoder.Base:
   slots = hf.slots(config)
   drawn = {}
   for slot, sub in zip(slots, jax.random.split(key, len(slots)), strict=True):
-    shape = slot.shape[::-1] if slot.linear else slot.shape
-    if slot.stacked:
-      shape = (config.n_layers, *shape)
-    noise = jax.random.normal(sub, shape, jnp.float32)
-    if slot.linear:
-      value = noise / math.sqrt(slot.shape[1])
-    elif slot.leaf == "bias":
-      value = noise / 4
-    elif slot.target == "embed_tokens":
-      value = noise
-    else:
-      value = 1 + noise / 8
-    drawn[slot.target, slot.leaf] = value.astype(dtype)
+    lead = (config.n_layers,) if slot.stacked else ()
+    drawn[slot.target, slot.leaf] = _draw(sub, slot, lead, dtype)
   return assemble(config, drawn)
+
+
+def _draw(key, slot: hf.Slot, lead: tuple[int, ...], dtype) -> jax.Array:
+  """A parameter `[*lead, i, o]` or `[*lead, o]`."""
+  shape = slot.shape[::-1] if slot.linear else slot.shape
+  noise = jax.random.normal(key, (*lead, *shape), jnp.float32)
+  if slot.linear:
+    value = noise / math.sqrt(slot.shape[1])
+  elif slot.leaf == "bias":
+    value = noise / 4
+  elif slot.target == "embed_tokens":
+    value = noise
+  else:
+    value = 1 + noise / 8
+  return value.astype(dtype)
+
+
+def quantised_base(
+    key: jax.Array,
+    config: config_lib.ModelConfig,
+    spec: quant.QuantSpec,
+    dtype: Any = jnp.bfloat16,
+    skip: Collection[str] = ("lm_head", "embed_tokens"),
+) -> decoder.Base:
+  """A base as `random_base` draws it (other numbers), already quantised.
+
+  Embeddings that are the head as well are ~ N(0, 1/d), so that logits have
+  the variance that a head gives them.
+
+  Every layer of a projection is drawn and quantised by itself: of a model of
+  70 B parameters not even one projection's floats would fit beside the rest.
+
+  Args:
+    key: PRNG key.
+    config: the model.
+    spec: how projections are quantised.
+    dtype: of what is not quantised, and of weights before they are.
+    skip: targets that are not quantised.
+
+  Returns:
+    The base on the default device, layers stacked.
+
+  Raises:
+    errors.UserError: see `quant.quantize`.
+  """
+  quant.check(spec)
+  slots = hf.slots(config)
+  drawn = {}
+  for slot, sub in zip(slots, jax.random.split(key, len(slots)), strict=True):
+    quantised = slot.linear and slot.target not in skip
+    drawn[slot.target, slot.leaf] = _stored(
+        jax.random.split(sub, config.n_layers if slot.stacked else 1),
+        # Projections of one shape share a program.
+        hf.Slot("" if slot.linear else slot.target, slot.leaf, slot.shape,
+                slot.stacked, slot.linear),
+        spec if quantised else quant.QuantSpec("none"), jnp.dtype(dtype))
+  if config.tie_embeddings:
+    drawn["embed_tokens", "weight"] *= config.d_model**-0.5
+  return assemble(config, drawn)
+
+
+def _stored(keys, slot: hf.Slot, spec, dtype) -> types.Tree:
+  """A parameter, or its stack, filled a layer after the other."""
+  how = {"slot": slot, "spec": spec, "dtype": dtype}
+  if not slot.stacked:
+    return _one(keys[0], **how)
+  like = jax.eval_shape(functools.partial(_one, **how), keys[0])
+  stack = jax.tree.map(
+      lambda x: jnp.zeros((len(keys), *x.shape), x.dtype), like)
+  for layer, key in enumerate(keys):
+    stack = _put(stack, jnp.int32(layer), key, **how)
+  return stack
+
+
+@functools.partial(jax.jit, static_argnames=("slot", "spec", "dtype"))
+def _one(key, slot, spec, dtype) -> types.Tree:
+  value = _draw(key, slot, (), dtype)
+  return quant.quantize(value, spec) if slot.linear else value
+
+
+# Not a loop inside the program: XLA carries the stack through that in another
+# layout than it gives it back in, and so needs it twice.
+@functools.partial(
+    jax.jit, static_argnames=("slot", "spec", "dtype"), donate_argnums=0)
+def _put(stack, layer, key, slot, spec, dtype) -> types.Tree:
+  return jax.tree.map(
+      lambda all_, one: jax.lax.dynamic_update_index_in_dim(
+          all_, one, layer, 0), stack, _one(key, slot, spec, dtype))
 
 
 def assemble(

@@ -17,7 +17,6 @@ import time
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import adapters as adapters_lib
@@ -26,7 +25,6 @@ from lora_jax import types
 from lora_jax.kernels import attention as attention_lib
 from lora_jax.kernels import dequantise
 from lora_jax.models import config as config_lib
-from lora_jax.models import decoder
 from lora_jax.models import init
 from lora_jax.models import modules
 from lora_jax.train import optim
@@ -48,29 +46,6 @@ VARIANTS = {
     "float16, auto": ("float16", "auto", True),
     "float32, auto": ("float32", "auto", True),
 }
-
-
-def quantised() -> decoder.Base:
-  """The base, one stack after the other: its floats never live all at once."""
-  shapes = jax.eval_shape(
-      lambda: init.random_base(jax.random.key(0), CONFIG, jnp.bfloat16))
-  make = jax.jit(
-      lambda key, like: (jax.random.normal(key, like.shape, jnp.float32)
-                         / np.sqrt(like.shape[-2])).astype(jnp.bfloat16),
-      static_argnums=1)
-  layers = {}
-  for n, (name, one) in enumerate(shapes.layers.items()):
-    if isinstance(one, decoder.Linear):
-      weight = make(jax.random.key(n), one.weight)
-      layers[name] = one.replace(weight=quant.quantize(
-          weight, quant.QuantSpec("nf4")))
-    else:
-      layers[name] = jnp.ones(one.shape, one.dtype)
-  return decoder.Base(
-      embed_tokens=make(jax.random.key(90), shapes.embed_tokens),
-      layers=layers, norm=jnp.ones(shapes.norm.shape, jnp.bfloat16),
-      lm_head=decoder.Linear(weight=make(
-          jax.random.key(91), shapes.lm_head.weight)))
 
 
 def batch() -> types.Batch:
@@ -119,7 +94,8 @@ def run(base, tree, dtype: str, attention: str, **options) -> str:
 
 def main() -> None:
   print(jax.devices()[0].device_kind, jax.__version__, flush=True)
-  base = quantised()
+  base = init.quantised_base(
+      jax.random.key(0), CONFIG, quant.QuantSpec("nf4"))
   _, tree = adapters_lib.build(
       jax.random.key(1), adapters_lib.AdapterConfig(rank=16, alpha=32.0), base,
       modules.paths(CONFIG))
