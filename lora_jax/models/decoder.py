@@ -356,7 +356,8 @@ def combined(base: Base, adapters: adapters_lib.Adapters | None) -> Base:
 
 def _trained(adapters):
   """Targets of the layers whose weights are trained themselves."""
-  layers = {} if adapters.overrides is None else adapters.overrides.layers
+  # A partial tree may lack the layers altogether.
+  layers = getattr(adapters.overrides, "layers", None) or {}
   return {target for target, module in layers.items()
           if getattr(module, "weight", None) is not None}
 
