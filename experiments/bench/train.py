@@ -31,7 +31,8 @@ from lora_jax.models import config as config_lib
 from lora_jax.train import optim as optim_lib
 from lora_jax.train import step as step_lib
 
-# Policies by what they keep, the least first; all of `remat.POLICIES`.
+# Policies by what they keep, the least first; all of `remat.POLICIES` but
+# `auto`, which is one of them.
 SAVED = ("full", "dots", "named", "none")
 
 
@@ -204,8 +205,10 @@ def cases(train: Mapping[str, Any]) -> list[tuple[str, tuple[int, int]]]:
   far.
   """
   shapes = settings_lib.shapes("train.shapes", train["shapes"])
-  policies = sorted(blocks.names(train["remat"]), key=SAVED.index)
-  return [(remat, shape) for remat in policies
+  policies = blocks.names(train["remat"])
+  for policy in policies:
+    errors.choose("train.remat", policy, dict.fromkeys(SAVED))
+  return [(remat, shape) for remat in sorted(policies, key=SAVED.index)
           for shape in sorted(shapes, key=math.prod)]
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lora_jax import adapters as adapters_lib
+from lora_jax import host as host_lib
 from lora_jax import quant
 from lora_jax import struct
 from lora_jax import types
@@ -93,15 +94,21 @@ def prepared(
   """
 
   def stored(weight):
-    if isinstance(weight, quant.QuantizedArray):
-      return weight.unnested()
+    if isinstance(weight, quant.QuantizedArray) or host_lib.in_host(weight):
+      return weight
     wide = weight.ndim > 1 and weight.dtype.itemsize > jnp.dtype(dtype).itemsize
     return jnp.asarray(weight, dtype) if wide else weight
 
+  def computed(weight):
+    # What is in the host's memory is only copied, the less the better.
+    if isinstance(weight, quant.QuantizedArray) and not any(
+        map(host_lib.in_host, jax.tree.leaves(weight))):
+      return weight.unnested()
+    return weight
+
   base = decoder.combined(base, adapters)
   unnested = jax.tree.map(
-      lambda w: w.unnested() if isinstance(w, quant.QuantizedArray) else w,
-      base, is_leaf=lambda w: isinstance(w, quant.QuantizedArray))
+      computed, base, is_leaf=lambda w: isinstance(w, quant.QuantizedArray))
   if adapters is not None:
     adapters = adapters_lib.prepared(
         dataclasses.replace(adapters, overrides=None), unnested, dtype)

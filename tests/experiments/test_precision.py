@@ -12,7 +12,7 @@ from tests.experiments import test_resume
 RUN = dict(
     variant=":quant=int8", compute__dtype="float16",
     compute__adapter_dtype="bfloat16", compute__optim_dtype="bfloat16",
-    compute__base_dtype="float32", compute__loss_scale=2.0**17,
+    compute__base_dtype="float32", compute__loss_scale=2.0**19,
     compute__loss_scale_interval=2, train__steps=9,
     train__checkpoint_every=4, optim__learning_rate=0.01)
 

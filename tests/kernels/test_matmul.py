@@ -274,4 +274,4 @@ def test_who_gets_a_kernel():
     with pytest.raises(errors.UserError, match=message):
       matmul.matmul(x[0], codes[0], {k: v[0] for k, v in named.items()},
                     form("int4_affine", 32), backend=backend)
-  assert set(matmul.KERNELS) == set(dequantise.KERNELS)
+  assert set(matmul.KERNELS) <= set(dequantise.KERNELS)
