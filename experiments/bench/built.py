@@ -47,7 +47,8 @@ def build(config: Config) -> Built:
   base_dtype = precision.base_dtype(dtype, config["compute"]["base_dtype"])
   key = jax.random.key(config["seed"])
   base = init.quantised_base(
-      key, model, spec, base_dtype, blocks.skip(config))
+      key, model, spec, base_dtype, blocks.skip(config),
+      "base" in blocks.offload(config))
   base, tree = adapters_lib.build(
       jax.random.fold_in(key, 1), method, base, modules.paths(model))
   return Built(model, base, tree, {

@@ -59,12 +59,15 @@ def check(config: Config) -> None:
   """
   model, train = geometry.chosen(config["model"]), config["train"]
   for build in (blocks.quant, blocks.skip, blocks.adapter, blocks.optim,
-                blocks.precision, blocks.base_dtype):
+                blocks.precision, blocks.base_dtype, blocks.offload):
     build(config)
   errors.choose("compute.attention", config["compute"]["attention"],
                 attention.CHOICES)
   shapes("train.shapes", train["shapes"])
-  choices("train.remat", train["remat"], remat.POLICIES)
+  # One that is chosen by itself has no place among those compared.
+  choices("train.remat", train["remat"],
+          {name: how for name, how in remat.POLICIES.items()
+           if name != "auto"})
   numbers("decode.batches", config["decode"]["batches"])
   choices("kernels.formats", config["kernels"]["formats"], quant.FORMATS)
   shapes("kernels.shapes", config["kernels"]["shapes"])

@@ -29,6 +29,7 @@ from lora_jax import types
 from lora_jax.kernels import attention as attention_lib
 from lora_jax.models import config as config_lib
 from lora_jax.train import optim as optim_lib
+from lora_jax.train import precision as precision_lib
 from lora_jax.train import step as step_lib
 
 # Policies by what they keep, the least first; all of `remat.POLICIES` but
@@ -102,17 +103,24 @@ def program(
     raise errors.UsageError(
         "adapter.method=none trains nothing; use lora, or leave train out of "
         "parts")
+  # On the device that will compute it; one without 8-bit floats says so here.
+  precision_lib.check_frozen_matmul(
+      compute["frozen_matmul"], compute["dtype"], config["adapter"]["method"])
   data, lengths = batch(
       (train["accumulation"], *shape), model.model.vocab_size, train["packed"],
       config["seed"])
   params, frozen = adapters_lib.split(model.adapters)
   precision, optim = blocks.precision(config), blocks.optim(config)
-  state = step_lib.init_state(params, precision, compute["dtype"])
+  offload = blocks.offload(config)
+  state = step_lib.init_state(
+      params, precision, compute["dtype"], optim.name, offload)
   layout = "packed" if train["packed"] > 1 else "single"
   settings = step_lib.Settings(
       dtype=compute["dtype"], remat=remat,
       noise=config["adapter"]["dropout"] > 0,
-      optim_dtype=precision.optim_dtype,
+      optim_dtype=precision.optim_dtype, optimizer=optim.name,
+      mlp_tiles=compute["mlp_tiles"] or 1, offload=offload,
+      frozen_matmul=precision.frozen_matmul,
       attention=attention_lib.Options(compute["attention"], layout))
   return Program(
       (state, frozen, model.base, jax.device_put(data),
@@ -205,10 +213,8 @@ def cases(train: Mapping[str, Any]) -> list[tuple[str, tuple[int, int]]]:
   far.
   """
   shapes = settings_lib.shapes("train.shapes", train["shapes"])
-  policies = blocks.names(train["remat"])
-  for policy in policies:
-    errors.choose("train.remat", policy, dict.fromkeys(SAVED))
-  return [(remat, shape) for remat in sorted(policies, key=SAVED.index)
+  policies = sorted(blocks.names(train["remat"]), key=SAVED.index)
+  return [(remat, shape) for remat in policies
           for shape in sorted(shapes, key=math.prod)]
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+import numpy as np
 
+from lora_jax import host as host_lib
 from lora_jax import quant
 from lora_jax import types
 from lora_jax.models import config as config_lib
@@ -76,6 +78,7 @@ def quantised_base(
     spec: quant.QuantSpec,
     dtype: Any = jnp.bfloat16,
     skip: Collection[str] = ("lm_head", "embed_tokens"),
+    host: bool = False,
 ) -> decoder.Base:
   """A base as `random_base` draws it (other numbers), already quantised.
 
@@ -91,6 +94,8 @@ def quantised_base(
     spec: how projections are quantised.
     dtype: of what is not quantised, and of weights before they are.
     skip: targets that are not quantised.
+    host: whether the layers' matrices go to the host's memory, as by
+      `host.placed`; the device then holds one of them at a time.
 
   Returns:
     The base on the default device, layers stacked.
@@ -108,23 +113,39 @@ def quantised_base(
         # Projections of one shape share a program.
         hf.Slot("" if slot.linear else slot.target, slot.leaf, slot.shape,
                 slot.stacked, slot.linear),
-        spec if quantised else quant.QuantSpec("none"), jnp.dtype(dtype))
+        spec if quantised else quant.QuantSpec("none"), jnp.dtype(dtype),
+        host)
   if config.tie_embeddings:
     drawn["embed_tokens", "weight"] *= config.d_model**-0.5
   return assemble(config, drawn)
 
 
-def _stored(keys, slot: hf.Slot, spec, dtype) -> types.Tree:
+def _stored(keys, slot: hf.Slot, spec, dtype, host) -> types.Tree:
   """A parameter, or its stack, filled a layer after the other."""
   how = {"slot": slot, "spec": spec, "dtype": dtype}
   if not slot.stacked:
     return _one(keys[0], **how)
   like = jax.eval_shape(functools.partial(_one, **how), keys[0])
+  if host:
+    return _in_host(keys, like, how)
   stack = jax.tree.map(
       lambda x: jnp.zeros((len(keys), *x.shape), x.dtype), like)
   for layer, key in enumerate(keys):
     stack = _put(stack, jnp.int32(layer), key, **how)
   return stack
+
+
+def _in_host(keys, like, how) -> types.Tree:
+  """The stack in the host's memory, but what is too small for that."""
+  stack = jax.tree.map(
+      lambda x: np.empty((len(keys), *x.shape), x.dtype), like)
+  for layer, key in enumerate(keys):
+    for whole, one in zip(*map(jax.tree.leaves, (stack, _one(key, **how)))):
+      whole[layer] = one
+  place = host_lib.default()
+  return jax.tree.map(
+      lambda x: jax.device_put(
+          x, place if host_lib.stays(x) else host_lib.home(place)), stack)
 
 
 @functools.partial(jax.jit, static_argnames=("slot", "spec", "dtype"))

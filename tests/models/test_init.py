@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lora_jax import errors
+from lora_jax import host as host_lib
 from lora_jax import quant
 from lora_jax.models import decoder
 from lora_jax.models import init
@@ -35,6 +36,16 @@ def test_a_quantised_base_is_the_plain_one_quantised():
       np.testing.assert_array_equal(found.layers[name], one)
   jax.tree.map(np.testing.assert_array_equal, found.lm_head, plain.lm_head)
   np.testing.assert_array_equal(found.embed_tokens, plain.embed_tokens)
+
+
+def test_a_base_is_made_in_host_memory():
+  found = init.quantised_base(KEY, LLAMA, SPEC, host=True)
+  jax.tree.map(np.testing.assert_array_equal, found,
+               init.quantised_base(KEY, LLAMA, SPEC))
+  weight = found.layers["q_proj"].weight
+  assert host_lib.in_host(weight.codes)
+  assert not host_lib.in_host(found.lm_head.weight)
+  assert not host_lib.in_host(found.layers["input_layernorm"])
 
 
 def test_every_weight_is_drawn_as_said():
