@@ -16,6 +16,7 @@ FLOORS = {
     "lora_jax.types": 0,
     "lora_jax.trees": 1,
     "lora_jax.host": 1,
+    "lora_jax.keep": 1,
     "lora_jax.mesh": 1,
     "lora_jax.processes": 1,
     "lora_jax.kernels": 2,

@@ -22,11 +22,10 @@ from typing import Any, ClassVar
 import zlib
 
 import jax
-from jax import ad_checkpoint
 import jax.numpy as jnp
-import numpy as np
 
 from lora_jax import host as host_lib
+from lora_jax import keep as keep_lib
 from lora_jax import mesh as mesh_lib
 from lora_jax import quant
 from lora_jax import struct
@@ -230,17 +229,16 @@ def project_all(
     adapters: Sequence[Adapter | None],
     noise: Sequence[Noise | None],
     join: bool = False,
-    name: str | None = None,
+    keep: keep_lib.Keep = keep_lib.named,
 ) -> list[types.Array]:
   """`project` for projections that read the same x.
 
   Args:
     x: `[..., i]`.
     weights, adapters, noise: of each projection.
-    join: whether the products of all whose method has `factors` may be one:
-      they then share one copy of x, and one of their gradients, and low-rank
-      products cost next to nothing.
-    name: by which `jax.checkpoint` policies know the products.
+    join: whether low-rank products may be part of the frozen ones, where a
+      method has `factors`: they then cost next to nothing.
+    keep: is given x A, "low", where they are.
 
   Returns:
     A `[..., o]` for each.
@@ -251,24 +249,17 @@ def project_all(
     if join and adapter is not None and draw is None:
       factors = adapter.factors()
       if factors is not None:
-        joined.append((k, adapter, *factors))
+        joined.append((k, adapter, factors))
   if joined:
-    y = _named(quant.joint_matmul(
-        x, [weights[k] for k, *_ in joined],
-        jnp.concatenate([a for *_, a, _ in joined], axis=1),
-        jax.scipy.linalg.block_diag(*[b for *_, b in joined])), name)
-    cuts = np.cumsum([b.shape[1] for *_, b in joined])
-    parts = jnp.split(y, cuts[:-1], axis=-1)
-    for (k, adapter, *_), part in zip(joined, parts, strict=True):
-      found[k] = adapter.finish(part, weights[k])
+    products = quant.joint_matmul(
+        x, [weights[k] for k, *_ in joined], [pair for *_, pair in joined],
+        keep)
+    for (k, adapter, _), y in zip(joined, products, strict=True):
+      found[k] = adapter.finish(y, weights[k])
   for k, one in enumerate(zip(weights, adapters, noise, strict=True)):
     if k not in found:
-      found[k] = _named(project(x, *one), name)
+      found[k] = project(x, *one)
   return [found[k] for k in range(len(weights))]
-
-
-def _named(y: types.Array, name: str | None) -> types.Array:
-  return y if name is None else ad_checkpoint.checkpoint_name(y, name)
 
 
 def split(adapters: types.Tree) -> tuple[types.Tree, types.Tree]:

@@ -1,19 +1,20 @@
 """Codes to weights: the one place where a kernel or plain XLA is chosen.
 
 The platform that the program is compiled for decides, not the machine it is
-traced on, so that a program for TPU can be compiled anywhere. The kernel is
-the default on TPU and on Hopper. There, of bytes read and written a second by
-one call that spans 0.5 GB (H100 80GB, jax 0.11.2, blocks of 64, bfloat16):
+traced on, so that a program for TPU can be compiled anywhere. A kernel is the
+default on TPU and on Hopper. There, of bytes read and written a second by one
+call that spans 0.5 GB, beside a copy's 3018 (H100 80GB HBM3, jax 0.11.2,
+blocks of 64, bfloat16, median of 5):
 
-                       576x1536  4096x4096  4096x11008  8192x28672
-    nf4   plain XLA        1454       1669        1535        1704  GB/s
-          Mosaic GPU       1795       1921        1995        2017
-    int4  plain XLA        1530       1552        1636        1704
-          Mosaic GPU       2193       2381        2321        2410
+                       4096x4096  4096x11008  14336x4096  8192x28672
+    nf4   plain XLA         2020        1986        1983        1967  GB/s
+          mosaic_gpu        2416        2423        2470        2434
+          direct_gpu        2874        2827        2854        2869
+    int4  mosaic_gpu        2896        2847        2855        2855
+          direct_gpu        2848        2898        2843        2872
 
-`python -m tests.kernels.gpu_check` measures them again. The select tree bounds
-NF4; `direct_gpu`, which has none, is taken by name until it is measured
-(`python -m tests.kernels.dequantise_gpu`).
+`python -m tests.kernels.dequantise_gpu` measures them again. `mosaic_gpu` is
+what remains for shapes that `direct_gpu` does not take.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ KERNELS: dict[str, Any] = {
     "direct_gpu": direct_gpu}
 # Lowering platform -> the kernels it may get: the first that applies.
 DEFAULTS: dict[str, tuple[str, ...]] = {
-    "tpu": ("mosaic_tpu",), "cuda": ("mosaic_gpu",)}
+    "tpu": ("mosaic_tpu",), "cuda": ("direct_gpu", "mosaic_gpu")}
 _ANY = "any"
 
 

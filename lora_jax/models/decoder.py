@@ -18,10 +18,10 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
-from jax import ad_checkpoint
 import jax.numpy as jnp
 
 from lora_jax import adapters as adapters_lib
+from lora_jax import keep as keep_lib
 from lora_jax import mesh as mesh_lib
 from lora_jax import struct
 from lora_jax import trees
@@ -35,8 +35,6 @@ from lora_jax.models import sharding
 from lora_jax.models import stream
 from lora_jax.models import tiles
 from lora_jax.quant import fp8
-
-_name = ad_checkpoint.checkpoint_name
 
 
 @struct.dataclass
@@ -112,6 +110,7 @@ def layer(
     noise: adapters_lib.Noise | None = None,
     window: types.Array | None = None,
     cached: tuple[types.Array, types.Array] | None = None,
+    keep: keep_lib.Keep = keep_lib.named,
 ) -> tuple[types.Array, tuple[types.Array, types.Array]]:
   """One block.
 
@@ -125,22 +124,24 @@ def layer(
     window: `[]`, or None.
     cached: this layer's keys and values `[b, k, s, e]` of earlier tokens, or
       None.
+    keep: is given what `remat.NAMES` names.
 
   Returns:
     The next `[b, t, d]`, and the tokens' keys and values `[b, t, k, e]`.
   """
   b, t, _ = hidden.shape
 
-  def project(x, *names, save=None, noise=noise):
+  def project(x, *names, noise=noise, keep=keep):
     return _linears(
         x, [weights[name] for name in names],
         [adapters.get(name) for name in names],
         [None if noise is None else noise.for_target(name) for name in names],
-        context.join, save)
+        context.join, keep)
 
   def norm(x, name):
     return layers_lib.rms_norm(
-        x, weights[name], config.norm_eps, config.norm_offset)
+        x, weights[name], config.norm_eps, config.norm_offset,
+        apart=context.join)
 
   def heads(y, norm_name):
     y = y.reshape(b, t, -1, config.head_dim)
@@ -156,33 +157,33 @@ def layer(
   q = rope.rotate(heads(q, "q_norm"), cos, sin)
   k = rope.rotate(heads(k, "k_norm"), cos, sin)
   v = heads(v, None)
-  q, k, v = _name(q, "q"), _name(k, "k"), _name(v, "v")
+  q, k, v = keep("q", q), keep("k", k), keep("v", v)
   where = (context.q_positions, context.kv_positions, context.q_segments,
            context.kv_segments, window)
   how: dict[str, Any] = dict(
       scale=config.attn_scale, softcap=config.attn_softcap)
   if cached is None:
     o = attention_lib.attention(
-        q, k, v, *where, options=context.attention, **how)
+        q, k, v, *where, options=context.attention, keep=keep, **how)
   else:
     o = attention_lib.cached_attention(q, k, v, cached, *where, **how)
   o, = project(o.reshape(b, t, -1), "o_proj")
   if config.post_norms:
-    o = norm(_name(o, "o_out"), "post_attention_layernorm")
-  mid = _name(hidden + o, "mid")
+    o = norm(keep("o_out", o), "post_attention_layernorm")
+  mid = keep("mid", hidden + o)
   x = norm(mid, "pre_feedforward_layernorm" if config.post_norms
            else "post_attention_layernorm")
 
-  def mlp(x, noise):
-    gate, up = project(
-        x, "gate_proj", "up_proj", save="gate_up", noise=noise)
+  def mlp(keep, x, noise):
+    gate, up = keep("gate_up", tuple(project(
+        x, "gate_proj", "up_proj", noise=noise, keep=keep)))
     activate = layers_lib.ACTIVATIONS[config.activation]
-    out, = project(activate(gate) * up, "down_proj", noise=noise)
+    out, = project(activate(gate) * up, "down_proj", noise=noise, keep=keep)
     return out
 
-  out = tiles.over_tokens(mlp, x, noise, context.mlp_tiles)
+  out = tiles.over_tokens(mlp, x, noise, context.mlp_tiles, keep)
   if config.post_norms:
-    out = norm(_name(out, "down_out"), "post_feedforward_layernorm")
+    out = norm(keep("down_out", out), "post_feedforward_layernorm")
   return mid + out, (k, v)
 
 
@@ -257,7 +258,7 @@ def forward(
       join=frozen_matmul == "auto" and _joins(dtype, mesh, cache),
       mlp_tiles=mlp_tiles)
 
-  def body(shared, hidden, xs):
+  def body(shared, hidden, xs, keep):
     context, noise = shared
     index, weights, layer_adapters, window, cached = xs
     draw = None if noise is None else noise.at_layer(index)
@@ -265,10 +266,11 @@ def forward(
     weights = fp8.marked(weights, frozen_matmul, trained)
     layer_adapters = sharding.gathered(mesh, layer_adapters)
     hidden, new = layer(
-        config, context, hidden, weights, layer_adapters, draw, window, cached)
-    return sharding.rows(mesh, hidden), keep(new)
+        config, context, hidden, weights, layer_adapters, draw, window, cached,
+        keep)
+    return sharding.rows(mesh, hidden), cacheable(new)
 
-  def keep(new):
+  def cacheable(new):
     """What the scan stacks of a layer's keys and values."""
     if cache is None:
       return None
@@ -380,8 +382,8 @@ def _joins(dtype, mesh, cache) -> bool:
           and (mesh is None or mesh.shape["tensor"] == 1))
 
 
-def _linears(x, linears, adapters, noise, join=False, save=None):
+def _linears(x, linears, adapters, noise, join=False, keep=keep_lib.named):
   found = adapters_lib.project_all(
-      x, [one.weight for one in linears], adapters, noise, join, save)
+      x, [one.weight for one in linears], adapters, noise, join, keep)
   return [y if one.bias is None else y + one.bias.astype(y.dtype)
           for y, one in zip(found, linears, strict=True)]

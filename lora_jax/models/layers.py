@@ -18,7 +18,8 @@ ACTIVATIONS: dict[str, Callable[[types.Array], types.Array]] = {
 
 
 def rms_norm(
-    x: types.Array, weight: types.Array, eps: float, offset: int = 0
+    x: types.Array, weight: types.Array, eps: float, offset: int = 0,
+    apart: bool = False
 ) -> types.Array:
   """`weight * x / rms(x)`; the statistics in float32, rounded, then scaled.
 
@@ -30,13 +31,17 @@ def rms_norm(
     weight: `[d]`.
     eps: added to the mean square.
     offset: added to the weight.
+    apart: whether the statistics are computed on their own. XLA then reads x
+      twice, but can do the rest together with what comes before and after;
+      both at once would be a kernel that takes nothing else in.
 
   Returns:
     `[..., d]` in `x.dtype`.
   """
   wide = x.astype(jnp.float32)
   square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-  normed = wide * jax.lax.rsqrt(square + eps)
+  scale = jax.lax.rsqrt(square + eps)
+  normed = wide * (jax.lax.optimization_barrier(scale) if apart else scale)
   if offset:
     return (normed * (offset + weight.astype(jnp.float32))).astype(x.dtype)
   return weight.astype(x.dtype) * normed.astype(x.dtype)

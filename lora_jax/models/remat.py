@@ -38,6 +38,8 @@ POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 POLICIES["auto"] = POLICIES["named"]
+# What `tape` does as well, on one condition: see `stream.scan`.
+BY_NAME = ("named", "auto")
 
 
 def wrap(function: Callable, policy: str, gathers: bool = False) -> Callable:

@@ -29,14 +29,12 @@ from jax import ad_checkpoint
 import jax.numpy as jnp
 
 from lora_jax import host as host_lib
+from lora_jax import keep as keep_lib
 from lora_jax import struct
 from lora_jax import trees
 from lora_jax import types
 from lora_jax.models import remat as remat_lib
-
-# `(shared, carry, xs) -> (carry, ys)`, all traced values among its arguments.
-Body = Callable[[types.Tree, types.Tree, types.Tree],
-                tuple[types.Tree, types.Tree]]
+from lora_jax.models import tape
 
 
 class Options(NamedTuple):
@@ -48,7 +46,7 @@ class Options(NamedTuple):
 
 
 def scan(
-    body: Body,
+    body: tape.Body,
     shared: types.Tree,
     carry: types.Tree,
     xs: types.Tree,
@@ -74,9 +72,12 @@ def scan(
   """
   away = jax.tree.map(lambda x: x if host_lib.in_host(x) else None, xs)
   if not spill and not jax.tree.leaves(away):
+    if remat in remat_lib.BY_NAME:
+      return tape.scan(body, shared, carry, xs)
     return jax.lax.scan(
-        remat_lib.wrap(functools.partial(body, shared), remat, gathers),
-        carry, xs)
+        remat_lib.wrap(
+            lambda carry, xs: body(shared, carry, xs, keep_lib.named), remat,
+            gathers), carry, xs)
   rest = jax.tree.map(lambda x: None if host_lib.in_host(x) else x, xs)
   options = Options(remat, gathers or bool(jax.tree.leaves(away)), spill)
   return _scan(body, options, shared, carry, rest, away)
@@ -115,7 +116,8 @@ def _scan(body, options, shared, carry, rest, away):
   def step(state, rest):
     number, carry, ready = state
     coming = _copy(away, _next(number))
-    carry, ys = body(shared, carry, trees.combine(ready, rest))
+    carry, ys = body(
+        shared, carry, trees.combine(ready, rest), keep_lib.named)
     return (number + 1, carry, coming), ys
 
   (_, carry, _), ys = jax.lax.scan(
@@ -165,7 +167,7 @@ def _forward(body, options, shared, carry, rest, away):
       weights = jax.tree.map(
           lambda x: ad_checkpoint.checkpoint_name(x, remat_lib.USED), ready)
       return body(shared, carry, trees.combine(
-          trained, trees.combine(weights, frozen)))
+          trained, trees.combine(weights, frozen)), keep_lib.named)
 
     # Scan keeps XLA from merging the second computation with the first.
     (carry, ys), pullback = jax.vjp(

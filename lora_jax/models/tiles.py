@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import adapters as adapters_lib
+from lora_jax import keep as keep_lib
 from lora_jax import types
 
 
@@ -23,16 +24,19 @@ def over_tokens(
     x: types.Array,
     noise: adapters_lib.Noise | None,
     tiles: int,
+    keep: keep_lib.Keep = keep_lib.named,
 ) -> types.Array:
-  """`function(x, noise)`, of which no more than one tile exists at a time.
+  """`function(keep, x, noise)`, of which no more than one tile exists at a
+  time.
 
   Args:
-    function: `(x [b, c, d], noise) -> [b, c, d]`, for each token alone.
+    function: `(keep, x [b, c, d], noise) -> [b, c, d]`, for each token alone.
     x: `[b, t, d]`.
     noise: of x's tokens, or None; every tile is given that of its own.
     tiles: into how many the t columns are cut; every tile has all rows, so
       that on a mesh each device has its part of all of them. The last is
       filled up with zeros. 1 is `function` itself.
+    keep: for a `function` in one piece; of tiles nothing is kept.
 
   Returns:
     `[b, t, d]`, to rounding what `function` gives.
@@ -40,7 +44,7 @@ def over_tokens(
   b, t = x.shape[:2]
   width = -(-t // max(tiles, 1))
   if width >= t:
-    return function(x, noise)
+    return function(keep, x, noise)
 
   def cut(leaf):
     leaf = jnp.pad(
@@ -51,9 +55,9 @@ def over_tokens(
   def one(tile):
     part, tokens = tile
     if noise is None:
-      return function(part, None)
+      return function(keep_lib.nothing, part, None)
     ids, positions = tokens
-    return function(part, dataclasses.replace(
+    return function(keep_lib.nothing, part, dataclasses.replace(
         noise, example_ids=ids, positions=positions))
 
   tokens = None if noise is None else (noise.example_ids, noise.positions)

@@ -10,7 +10,6 @@ and a layer can be sharded along either axis.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any, ClassVar, Self
@@ -163,19 +162,9 @@ class QuantizedArray:
     return dataclasses.replace(self, **found)
 
   @property
-  def joinable(self) -> bool:
-    """Whether `joined` knows how to put columns of others beside these."""
+  def extensible(self) -> bool:
+    """Whether `dequantize` knows how to put more rows below."""
     return self.home is None
-
-  @classmethod
-  def joined(cls, parts: Sequence[Self]) -> Self:
-    """The columns of several side by side; what is nested is unnested."""
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):
-      if field.metadata.get("axes", ())[-1:] == ("out",):
-        found[field.name] = jnp.concatenate(
-            [double.unnest(getattr(p, field.name)) for p in parts], axis=-1)
-    return dataclasses.replace(parts[0], **found)
 
   def unnested(self) -> Self:
     """The same values; what is nested has been unnested, for whoever uses a
@@ -196,7 +185,7 @@ class QuantizedArray:
     Args:
       dtype: of the result.
       below: `[n, o]` in `dtype`, more rows to put into the same buffer, of a
-        weight that is `joinable`.
+        weight that is `extensible`.
 
     Returns:
       `[i, o]`, or `[i + n, o]`.
@@ -213,6 +202,18 @@ class QuantizedArray:
           check_vma=False)
       return run(self.codes, self.statistics())
     return run(self.codes, self.statistics(), below=below)
+
+  def after(self, g: Any) -> tuple[Self, Any]:
+    """The same weight, which is not there before g is; and g.
+
+    Lest XLA merge its dequantisation with one before, and keep every weight
+    of a layer in between. (A compiler that strips barriers, as on CPU in jax
+    0.10, merges them.) Codes stay out of it: a kernel can read a layer's out
+    of their stack as long as nothing stands between.
+    """
+    rest, g = jax.lax.optimization_barrier(
+        (dataclasses.replace(self, codes=None), g))
+    return dataclasses.replace(rest, codes=self.codes), g
 
   def _form(self) -> plain.Format:
     return plain.Format(

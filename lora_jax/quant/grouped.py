@@ -54,8 +54,8 @@ class Grouped(base.QuantizedArray):
             "zeros": jnp.asarray(self.zeros)}
 
   @property
-  def joinable(self) -> bool:
-    return self.rows is None and super().joinable
+  def extensible(self) -> bool:
+    return self.rows is None and super().extensible
 
   def dequantize(self, dtype: Any = jnp.float32, below=None) -> jax.Array:
     values = super().dequantize(dtype, below)

@@ -1,24 +1,27 @@
-"""Frozen products and low-rank ones in one: `x [W_1 .. W_n] + (x A) B`.
+"""Frozen products and low-rank ones in one: `x W_k + (x A_k) B_k`.
 
 As products of their own, `x A`, `h B` and their transposes read and write
 activations that dwarf the factors: in a 7B model's step on an H100 they take
 14% of the time for 1% of the arithmetic. Here B stands below the dequantised
-weights, in their buffer, and x A beside x:
+weight, in its buffer, and x A beside x:
 
-  y           = [x  x A] [W ; B]
-  [g W^T  g B^T] = g [W ; B]^T              dx = g W^T + (g B^T) A^T
+  y_k            = [x  x A] [W_k ; B_k]
+  [dx  d(x A)]   = sum_k g_k [W_k ; B_k]^T,     dx += d(x A) A^T
 
 so that the frozen product, some columns wider, computes both. Projections that
-read the same x share its copy and are one product.
+read the same x share `[x  x A]`, A being theirs side by side: B_k has zero rows
+for those of the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+import functools
+from typing import Any
 
 import jax
-from jax import ad_checkpoint
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax import types
 from lora_jax.quant import base
@@ -27,73 +30,108 @@ from lora_jax.quant import registry
 # Columns beside x come in multiples: what matrix units and copies like.
 MULTIPLE = 64
 
-Weights = Sequence[types.Array | base.QuantizedArray]
-
 
 def matmul(
-    x: types.Array, weights: Weights, a: types.Array, b: types.Array
-) -> types.Array:
-  """`x [W_1 .. W_n] + (x A) B`, `[..., o]` in `x.dtype`.
+    x: types.Array,
+    weights: Sequence[types.Array | base.QuantizedArray],
+    factors: Sequence[tuple[types.Array, types.Array]],
+    keep: Callable[[str, Any], Any] = lambda name, value: value,
+) -> list[jax.Array]:
+  """`x W_k + (x A_k) B_k` of each k, `[..., o_k]` in `x.dtype`.
 
   Weights are frozen: they have no gradient, and the backward pass dequantises
   them again, so that only their codes live between the two passes.
 
   Args:
     x: `[..., i]`.
-    weights: `[i, o_1]` to `[i, o_n]`, arrays or quantised.
-    a: `[i, r]` float32.
-    b: `[r, o]` float32, o the sum of theirs.
+    weights: `[i, o_k]`, arrays or quantised.
+    factors: (A_k `[i, r_k]`, B_k `[r_k, o_k]`), float32.
+    keep: is given "low" and x A, and gives it back; see `models.tape`.
   """
-  return _joint(x, tuple(weights), a, b)
+  ranks = [a.shape[1] for a, _ in factors]
+  below = -(-sum(ranks) // MULTIPLE) * MULTIPLE
+  wide, low = _low(x, jnp.concatenate([a for a, _ in factors], 1), below)
+  starts = np.cumsum([0, *ranks[:-1]]).tolist()
+  return list(_joint(
+      tuple(starts), wide, keep("low", low), tuple(weights),
+      tuple(b for _, b in factors)))
 
 
-def _buffer(weights: Weights, b: types.Array, below: int, dtype) -> jax.Array:
-  """`[W_1 .. W_n ; B]` with zeros below, `[i + below, o]`."""
-  b = jnp.pad(b.astype(dtype), ((0, below - b.shape[0]), (0, 0)))
-  first = weights[0]
-  if isinstance(first, base.QuantizedArray) and all(
-      isinstance(w, type(first)) and w.block_size == first.block_size
-      and w.joinable for w in weights):
-    # Codes and scales of columns are theirs alone: they are joined before.
-    return first.joined(weights).dequantize(dtype, below=b)
-  whole = [registry.dequantize(w, dtype) for w in weights]
-  return jnp.concatenate([jnp.concatenate(whole, axis=1), b])
+def _outer(left: jax.Array, right: jax.Array) -> jax.Array:
+  """`left^T right` `[i, o]` float32, a sum over tokens."""
+  return jnp.einsum(
+      "...i,...o->io", left, right, preferred_element_type=jnp.float32)
 
 
-def _low(x: types.Array, a: types.Array, below: int):
-  """x beside x A, `[..., i + below]`, and x A, `[..., below]`."""
-  i, r = a.shape
-  # Zeros first, so that what makes x writes here, and x A is put in place: no
-  # copy of x. Without the barrier XLA makes it a concatenation.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _low(x, a, below):
+  """x beside zeros, `[..., i + below]`, and x A beside zeros, `[..., below]`.
+
+  Zeros first, so that what makes x writes here and x A is put in place: no
+  copy of x. Without the barrier XLA makes it a concatenation.
+  """
+  r = a.shape[1]
   wide = jax.lax.optimization_barrier(
       jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, below),)))
   tall = jnp.pad(a.astype(x.dtype), ((0, below), (0, below - r)))
-  low = ad_checkpoint.checkpoint_name(wide @ tall, "low")
-  return jax.lax.dynamic_update_slice_in_dim(wide, low, i, axis=-1), low
+  return wide, wide @ tall
 
 
-@jax.custom_vjp
-def _joint(x, weights, a, b):
-  return _forward(x, weights, a, b)[0]
+def _low_forward(x, a, below):
+  return _low(x, a, below), (x, a)
 
 
-def _forward(x, weights, a, b):
-  below = -(-a.shape[1] // MULTIPLE) * MULTIPLE
-  wide, low = _low(x, a, below)
-  return wide @ _buffer(weights, b, below, x.dtype), (x, low, weights, a, b)
-
-
-def _backward(residuals, g):
-  x, low, weights, a, b = residuals
-  # See `linear`.
-  weights, g = jax.lax.optimization_barrier((weights, g))
+def _low_backward(below, residuals, cotangents):
+  del below
+  (x, a), (d_wide, d_low) = residuals, cotangents
   i, r = a.shape
-  wide = g @ _buffer(weights, b, low.shape[-1], g.dtype).T
-  d_low = wide[..., i : i + r]
-  d_x = wide[..., :i] + d_low @ a.astype(g.dtype).T
-  outer = lambda left, right: jnp.einsum(
-      "...i,...o->io", left, right, preferred_element_type=jnp.float32)
-  return d_x, None, outer(x, d_low), outer(low[..., :r], g)
+  d_low = d_low[..., :r]
+  # What reads d_x can add the two. XLA would have the product do it, which
+  # needs a copy of the first without its last columns.
+  last = jax.lax.optimization_barrier(d_low @ a.astype(x.dtype).T)
+  return d_wide[..., :i] + last, _outer(x, d_low)
+
+
+_low.defvjp(_low_forward, _low_backward)
+
+
+def _buffer(weight, b, start, below, dtype) -> jax.Array:
+  """`[W ; B]`, `[i + below, o]`, B's rows from the one at `start` on."""
+  b = jnp.pad(
+      b.astype(dtype), ((start, below - start - b.shape[0]), (0, 0)))
+  if isinstance(weight, base.QuantizedArray) and weight.extensible:
+    return weight.dequantize(dtype, below=b)
+  return jnp.concatenate([registry.dequantize(weight, dtype), b])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _joint(starts, wide, low, weights, factors):
+  below = low.shape[-1]
+  wide = jax.lax.dynamic_update_slice_in_dim(
+      wide, low, wide.shape[-1] - below, axis=-1)
+  return tuple(
+      wide @ _buffer(weight, b, start, below, wide.dtype)
+      for start, weight, b in zip(starts, weights, factors, strict=True))
+
+
+def _forward(starts, wide, low, weights, factors):
+  return _joint(starts, wide, low, weights, factors), (low, weights, factors)
+
+
+def _backward(starts, residuals, g):
+  low, weights, factors = residuals
+  below = low.shape[-1]
+
+  def back(start, weight, b, one):
+    if isinstance(weight, base.QuantizedArray):
+      weight, one = weight.after(one)
+    return one @ _buffer(weight, b, start, below, one.dtype).T
+
+  d_wide = sum(map(back, starts, weights, factors, g))
+  d_low = d_wide[..., -below:]
+  return d_wide, d_low, None, tuple(
+      _outer(low[..., start : start + b.shape[0]], one)
+      for start, b, one in zip(starts, factors, g, strict=True))
 
 
 _joint.defvjp(_forward, _backward)

@@ -38,10 +38,7 @@ def _forward(
 
 
 def _backward(w: base.QuantizedArray, g: jax.Array) -> tuple[jax.Array, None]:
-  # Tied to the cotangent, lest XLA merge this dequantisation with that of a
-  # rematerialised forward pass and keep every weight of the layer in between.
-  # (A compiler that strips barriers, as on CPU in jax 0.10, merges them.)
-  w, g = jax.lax.optimization_barrier((w, g))
+  w, g = w.after(g)
   return w.matmul_transposed(g), None
 
 

@@ -113,7 +113,8 @@ class Step:
         self.settings, remat=remat, mlp_tiles=mlp_tiles, mesh=None)
     rows = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self.batch)
-    lead = self.model.n_layers, rows.tokens.shape[0]
+    # Of inputs there is one more; see `models.tape`.
+    leads = [(self.model.n_layers + n, rows.tokens.shape[0]) for n in (0, 1)]
     t = rows.tokens.shape[1]
 
     def residuals(params, frozen, base, batch, key):
@@ -128,7 +129,7 @@ class Step:
     # The weights are among the residuals, too: not by layer, row and token.
     return sum(
         math.prod(x.shape) * x.dtype.itemsize for x in found
-        if x.shape[:2] == lead and t in x.shape[2:]
+        if x.shape[:2] in leads and t in x.shape[2:]
         and jnp.issubdtype(x.dtype, jnp.floating))
 
 

@@ -24,7 +24,10 @@ CHUNK_ELEMENTS = 2**24
 def token_nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
   """-log p(target), `[...]` float32, for `logits [..., v]`."""
   logits = logits.astype(jnp.float32)
-  picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  # A lookup's gradient is a scatter, which takes a pass of its own.
+  words = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+  picked = jnp.sum(
+      jnp.where(words == targets[..., None], logits, 0.0), axis=-1)
   return jax.nn.logsumexp(logits, axis=-1) - picked
 
 

@@ -23,11 +23,6 @@ from lora_jax.train import loss
 from lora_jax.train import optim
 from lora_jax.train import precision as precision_lib
 
-# Fusing slices into products and kernels, XLA for GPUs computes twice those
-# whose output is kept for the backward pass and read by the forward pass: once
-# into the stack of what is kept, once for its reader.
-COMPILER_OPTIONS = {"xla_gpu_enable_dynamic_slice_fusion": False}
-
 
 @struct.dataclass
 class TrainState:
@@ -207,8 +202,7 @@ def _after(first: types.Tree, state: types.Tree) -> tuple:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "settings"), donate_argnames="state",
-    compiler_options=COMPILER_OPTIONS)
+    jax.jit, static_argnames=("model", "settings"), donate_argnames="state")
 def train_step(
     state: TrainState,
     frozen: types.Tree,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 
 import jax
-from jax import ad_checkpoint
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -33,9 +32,9 @@ def toy(policy, spill, key):
   trained = draw(keys[2], L, D, D), draw(keys[3], B, D)
   shift = draw(keys[4], D)
 
-  def body(shared, h, xs):
+  def body(shared, h, xs, keep):
     number, weights, a = xs
-    up = ad_checkpoint.checkpoint_name(h @ weights["w"], "up")
+    up = keep("gate_up", h @ weights["w"])
     h = h + jnp.tanh(up) @ weights["v"] + h @ a * number + shared["shift"]
     return h, h.sum()
 

@@ -38,7 +38,7 @@ def test_a_function_of_tokens_by_hand():
         tiles.over_tokens(function, x, noise, n), expected)
     assert set(widths) == {width}
   np.testing.assert_array_equal(
-      tiles.over_tokens(lambda x, noise: x + 1, x, None, 3), x + 1)
+      tiles.over_tokens(lambda keep, x, noise: x + 1, x, None, 3), x + 1)
 
 
 # It norms, and keeps, what comes out of the MLP.

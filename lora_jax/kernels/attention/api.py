@@ -8,6 +8,7 @@ from absl import logging
 import jax.numpy as jnp
 
 from lora_jax import errors
+from lora_jax import keep as keep_lib
 from lora_jax import types
 from lora_jax.kernels.attention import base
 from lora_jax.kernels.attention import cudnn
@@ -46,6 +47,7 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     options: base.Options = base.Options(),
+    keep: keep_lib.Keep = keep_lib.named,
 ) -> types.Array:
   """Grouped-query attention; query head n reads kv head n // (h / k).
 
@@ -64,6 +66,7 @@ def attention(
     scale: of the logits; `e ** -0.5` by default.
     softcap: logits become `softcap * tanh(logits / softcap)`; None is off.
     options: what computes it, and the layout of rows.
+    keep: is given "o", the output, and what else the backward pass reads.
 
   Returns:
     `[b, t, h, e]` in `q.dtype`; the softmax is float32. Rows that see no
@@ -75,11 +78,11 @@ def attention(
   """
   call = base.Call(
       q, k, v, q_positions, kv_positions, q_segments, kv_segments, window,
-      scale, softcap, options)
+      scale, softcap, options, keep)
   module = chosen(call)
   out = module.run(call)
-  # tokamax names more than its output, and by itself.
-  return out if module is tokamax else base.named(out)
+  # tokamax hands on more than its output, and by itself.
+  return out if module is tokamax else keep("o", out)
 
 
 def chosen(call: base.Call) -> Any:

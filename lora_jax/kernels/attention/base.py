@@ -16,10 +16,10 @@ import functools
 from typing import Any
 
 import jax
-from jax import ad_checkpoint
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from lora_jax import keep as keep_lib
 from lora_jax import mesh as mesh_lib
 from lora_jax import types
 
@@ -29,8 +29,12 @@ LAYOUTS = {
     "single": "packed, with one segment a row and padding only after it",
 }
 
-# Logical axes of queries, keys and values.
-HEADS = ("batch", None, "heads", None)
+# Logical axes of queries, keys and values; of a number for each query and head,
+# and for each token.
+Axes = tuple[str | None, ...]
+HEADS: Axes = ("batch", None, "heads", None)
+SUMS: Axes = ("batch", "heads", None)
+TOKENS: Axes = ("batch", None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Call:
   scale: float | None = None
   softcap: float | None = None
   options: Options = Options()
+  keep: keep_lib.Keep = keep_lib.named
 
   @property
   def device(self) -> Any:
@@ -138,31 +143,34 @@ def unshardable(call: Call) -> str | None:
 
 
 def sharded(
-    mesh: Mesh | None, kernel: Callable[..., types.Array], q: types.Array,
-    k: types.Array, v: types.Array, *rows: types.Array
-) -> types.Array:
-  """`kernel(q, k, v, *rows)` on each device's rows and heads.
+    mesh: Mesh | None, kernel: Callable[..., Any], *arguments: types.Array,
+    axes: Sequence[Axes], out: Any = HEADS,
+) -> Any:
+  """`kernel(*arguments)` on each device's rows and heads.
 
   XLA cannot look into a custom call, and would gather its operands.
 
   Args:
     mesh: what `unshardable` accepts.
     kernel: computes each row and each group of heads by itself.
-    q, k, v: `[b, t, h or k, e]`.
-    *rows: `[b, ...]`, the same for all heads.
+    *arguments: arrays.
+    axes: the logical axes of each.
+    out: those of the result, in its structure.
 
   Returns:
-    `[b, t, h, e]`.
+    The result.
   """
   if mesh is None or mesh.size == 1:
-    return kernel(q, k, v, *rows)
-  specs = [mesh_lib.spec(mesh, x.shape, HEADS) for x in (q, k, v)]
-  specs += [mesh_lib.spec(mesh, x.shape, ("batch", *[None] * (x.ndim - 1)))
-            for x in rows]
+    return kernel(*arguments)
+  shapes = jax.eval_shape(kernel, *arguments)
   # Kernels say nothing about which axes their results vary over.
   return jax.shard_map(
-      kernel, mesh=mesh, in_specs=tuple(specs), out_specs=specs[0],
-      check_vma=False)(q, k, v, *rows)
+      kernel, mesh=mesh,
+      in_specs=tuple(mesh_lib.spec(mesh, x.shape, names)
+                     for x, names in zip(arguments, axes, strict=True)),
+      out_specs=jax.tree.map(
+          lambda x, names: mesh_lib.spec(mesh, x.shape, names), shapes, out),
+      check_vma=False)(*arguments)
 
 
 def placed(
@@ -173,12 +181,6 @@ def placed(
     return x
   return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(
       mesh, mesh_lib.spec(mesh, x.shape, logical)))
-
-
-def named(tree: types.Tree) -> types.Tree:
-  """Output and softmax sums under the name that `models.remat` keeps."""
-  return jax.tree.map(
-      lambda x: ad_checkpoint.checkpoint_name(x, "o"), tree)
 
 
 def wide_on_cpu(

@@ -47,7 +47,8 @@ def attend(call: base.Call, *, interpret: bool = False) -> types.Array:
         _rows, scale=scale, softcap=call.softcap, window=window,
         interpret=interpret)
     return base.sharded(
-        call.options.mesh, kernel, call.q, *call.aligned(), *rows)
+        call.options.mesh, kernel, call.q, *call.aligned(), *rows,
+        axes=(*[base.HEADS] * 3, *[base.TOKENS] * len(rows)))
 
   return base.each_window(call, with_window)
 

@@ -101,31 +101,44 @@ def attend(call: base.Call, name: str) -> types.Array:
     scale = {} if call.scale is None else {"logits_scale": call.scale}
     return {"mask": seen, "logits_soft_cap": call.softcap} | scale
 
-  def kernel(q, k, v, first=None):
-    if op.vjp is None:
-      return base.named(op(q, k, v, **options(first)))
-    return _kept(op, options)(q, k, v, first)
+  rows = first_keys(call)
+  rows = () if rows is None else (rows,)
+  operands = (call.q, *call.aligned(), *rows)
+  axes = [*[base.HEADS] * 3, *[base.TOKENS] * len(rows)]
+  sharded = functools.partial(base.sharded, call.options.mesh)
+  if op.vjp is None:
 
-  first = first_keys(call)
-  rows = () if first is None else (first,)
-  return base.sharded(
-      call.options.mesh, kernel, call.q, *call.aligned(), *rows)
+    def plain(q, k, v, first=None):
+      return op(q, k, v, **options(first))
+
+    return call.keep("o", sharded(plain, *operands, axes=axes))
+
+  def forward(q, k, v, first=None):
+    return op(q, k, v, return_residuals=True, **options(first))
+
+  # What the backward pass reads is computed apart from it, so that it need
+  # not be twice: by itself the op runs its forward kernel again for the sums
+  # of the softmax, `[b, h, t]`, whatever a policy keeps.
+  out, sums = call.keep("o", sharded(
+      forward, *map(jax.lax.stop_gradient, operands), axes=axes,
+      out=(base.HEADS, base.SUMS)))
+
+  def attached(q, k, v, out, sums, first=None):
+    return _attached(op, options)(q, k, v, first, out, sums)
+
+  return sharded(
+      attached, *operands[:3], out, sums, *rows,
+      axes=[*axes[:3], base.HEADS, base.SUMS, *axes[3:]])
 
 
-def _kept(op: Any, options: Callable[..., dict[str, Any]]) -> Callable:
-  """The op, with what its backward pass reads known to `jax.checkpoint`.
-
-  By itself it runs the forward kernel again in the backward pass, for the
-  sums of the softmax, `[b, h, t]`, whatever a policy keeps.
-  """
+def _attached(op: Any, options: Callable[..., dict[str, Any]]) -> Callable:
+  """`out` of (q, k, v, first, out, sums), with the op's gradient."""
 
   @jax.custom_vjp
-  def run(q, k, v, first):
-    return base.named(op(q, k, v, **options(first)))
+  def run(q, k, v, first, out, sums):
+    return out
 
-  def forward(q, k, v, first):
-    out, sums = op(q, k, v, return_residuals=True, **options(first))
-    out, sums = base.named((out, sums))
+  def forward(q, k, v, first, out, sums):
     return out, (q, k, v, first, out, sums)
 
   def backward(kept, g):
@@ -136,7 +149,7 @@ def _kept(op: Any, options: Callable[..., dict[str, Any]]) -> Callable:
     grads = op.vjp(sums, out, g, *bound.args, **rest)
     # The op gives (gradients, None) or gradients, by argument.
     grads = grads[0] if isinstance(grads, tuple) else grads
-    return grads["q"], grads["k"], grads["v"], None
+    return grads["q"], grads["k"], grads["v"], None, None, None
 
   run.defvjp(forward, backward)
   return run
