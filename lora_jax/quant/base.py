@@ -208,12 +208,13 @@ class QuantizedArray:
 
     Lest XLA merge its dequantisation with one before, and keep every weight
     of a layer in between. (A compiler that strips barriers, as on CPU in jax
-    0.10, merges them.) Codes stay out of it: a kernel can read a layer's out
-    of their stack as long as nothing stands between.
+    0.10, merges them.) The smallest array is enough: a kernel can read a
+    layer's out of their stack as long as nothing stands between.
     """
-    rest, g = jax.lax.optimization_barrier(
-        (dataclasses.replace(self, codes=None), g))
-    return dataclasses.replace(rest, codes=self.codes), g
+    leaves, structure = jax.tree.flatten(self)
+    least = min(range(len(leaves)), key=lambda n: leaves[n].size)
+    leaves[least], g = jax.lax.optimization_barrier((leaves[least], g))
+    return jax.tree.unflatten(structure, leaves), g
 
   def _form(self) -> plain.Format:
     return plain.Format(
