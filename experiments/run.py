@@ -153,7 +153,7 @@ def _execute(config, folder, sinks):
       packing=config["data"]["packing"], remat=config["compute"]["remat"],
       precision=blocks.precision(config), memory=blocks.memory(config),
       seed=config["seed"], sample=sample if asked else None, save_best=save,
-      sinks=sinks)
+      sinks=sinks, donate=True)
   if held_out is None:
     save(model)
   if not processes.writes():

@@ -270,6 +270,7 @@ class Model:
       sample: Callable[[Model], list[str]] | None = None,
       save_best: Callable[[Model, int], None] | None = None,
       sinks: sinks_lib.Sinks | None = None,
+      donate: bool = False,
   ) -> tuple[Model, loop.Outcome]:
     """Trains the adapters; goes on from a checkpoint in `workdir`.
 
@@ -288,6 +289,8 @@ class Model:
       sample: generates texts at the start and the end.
       save_best: called with the model whenever an evaluation is the best.
       sinks: where metrics go beside the work directory; see `sinks.Sinks`.
+      donate: whether this model's base may be moved to host memory, if
+        `memory` needs it there. This model is then of no more use.
 
     Returns:
       The trained model, and what happened.
@@ -306,13 +309,13 @@ class Model:
           f"adapter.method={self.adapter_config.method} trains nothing; set "
           "train.steps=0, or choose another method")
 
-    def model(params):
+    def model(params, base):
       return dataclasses.replace(
-          self, adapters=adapters_lib.join(
+          self, base=base, adapters=adapters_lib.join(
               precision_lib.widen(params), frozen))
 
     evaluate = None if held_out is None else (
-        lambda params: model(params).evaluate(
+        lambda *now: model(*now).evaluate(
             held_out, batch_size=config.batch_size))
     task = loop.Task(
         model=self.config, base=self.base, frozen=frozen,
@@ -333,15 +336,15 @@ class Model:
         key=jax.random.key(seed),
         place=self._place_batch,
         evaluate=evaluate,
-        sample=sample and (lambda params: sample(model(params))),
+        sample=sample and (lambda *now: sample(model(*now))),
         save_best=save_best and (
-            lambda params, step: save_best(model(params), step)),
-        sinks=sinks or sinks_lib.Sinks())
+            lambda params, base, step: save_best(model(params, base), step)),
+        sinks=sinks or sinks_lib.Sinks(), donate=donate)
     outcome = loop.fit(
         task, self._place(step_lib.init_state(
             params, precision, self.dtype, optim.name, self.offload)),
         config, pathlib.Path(workdir))
-    return model(outcome.state.params), outcome
+    return model(outcome.state.params, outcome.base), outcome
 
   def generate(
       self, prompts: Sequence[Sequence[int] | np.ndarray], **options
