@@ -86,7 +86,14 @@ def default() -> jax.sharding.Sharding:
 
 
 def home(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
-  """The same place in the host's memory."""
+  """The same place in the host's memory.
+
+  On a mesh, if of one device: what `jax.ShapeDtypeStruct` says of memory is
+  heard only there.
+  """
+  if isinstance(sharding, jax.sharding.SingleDeviceSharding):
+    mesh = jax.sharding.Mesh(list(sharding.device_set), ("device",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   return sharding.with_memory_kind(PINNED)
 
 
@@ -96,9 +103,13 @@ def is_away(x: types.Array) -> bool:
   return where is not None and where.memory_kind == PINNED
 
 
+def _on_mesh(x: types.Array) -> bool:
+  return isinstance(getattr(x, "sharding", None), jax.sharding.NamedSharding)
+
+
 def _there(x: types.Array, away: bool) -> jax.sharding.Sharding:
-  where = getattr(x, "sharding", None) or default()
-  return where.with_memory_kind(PINNED if away else "device")
+  where = home(getattr(x, "sharding", None) or default())
+  return where if away else where.with_memory_kind("device")
 
 
 def described(x: types.Array, away: bool) -> types.Array:
@@ -137,6 +148,19 @@ def base_by(move: Mover, base: types.Tree, away: bool) -> types.Tree:
 def state_by(move: Mover, state: types.Tree, away: bool) -> types.Tree:
   """Optimiser states, all but scalars where `away` says; see `base_by`."""
   return jax.tree.map(lambda x: move(x, away) if x.ndim else x, state)
+
+
+def beside(state: types.Tree, *trees: types.Tree) -> types.Tree:
+  """A state on a mesh, if something of `trees` is on one; see `home`.
+
+  What comes out of a step then is on it, too, and the program of the next
+  step would be another.
+  """
+  if not any(map(_on_mesh, jax.tree.leaves((state, trees)))):
+    return state
+  return jax.tree.map(
+      lambda x: x if _on_mesh(x) else jax.device_put(
+          x, _there(x, is_away(x))), state)
 
 
 def placed(base: types.Tree) -> types.Tree:

@@ -91,13 +91,12 @@ class Step:
 
   def described(self, choice: memory.Choice) -> tuple[Any, ...]:
     """`trees` as they are under a choice; nothing is moved for that."""
-    return (
-        self.state.replace(opt_state=host_lib.state_by(
-            host_lib.described, self.state.opt_state,
-            "optimiser" in choice.offload)),
-        self.frozen,
-        host_lib.base_by(
-            host_lib.described, self.base, "base" in choice.offload))
+    base = host_lib.base_by(
+        host_lib.described, self.base, "base" in choice.offload)
+    state = self.state.replace(opt_state=host_lib.state_by(
+        host_lib.described, self.state.opt_state,
+        "optimiser" in choice.offload))
+    return host_lib.beside(state, base), self.frozen, base
 
   def compile(self, choice: memory.Choice) -> jax.stages.Compiled:
     """The program under a choice."""

@@ -257,7 +257,9 @@ def choose(
       if number <= budget:
         return Plan(choice, number, True, refused)
     refused = refused or (choice, number)
-  least = min(choices, key=expected)
-  if least not in measured:
+  while True:
+    least = min(choices, key=lambda c: measured.get(c, expected(c)))
+    if least in measured:
+      number = measured[least]
+      return Plan(least, number, number <= budget, refused)
     measured[least] = need(least)
-  return Plan(least, measured[least], measured[least] <= budget, refused)

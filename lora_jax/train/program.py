@@ -105,13 +105,13 @@ class Program:
     """
     config = self._task.memory
     if not config.chooses or number >= len(self._task.learning_rates):
-      return state
+      return host_lib.beside(state, self.base)
     step = self._open(state, number)
     room = footprint.room(config, footprint.resident(step.trees))
     if room is None:
       self._note("memory: this device does not say what it has; set "
                  "memory.budget_gib to have a program chosen that fits")
-      return state
+      return host_lib.beside(state, self.base)
     plan = self._plan(step, room.free)
     total, need = (
         f"{n / memory.GIB:.1f}" for n in (room.total, plan.need + room.held))
@@ -224,8 +224,9 @@ class Program:
     else:
       move, base = host_lib.moved, task.base
     self.base = host_lib.base_by(move, base, "base" in offload)
-    return state.replace(opt_state=host_lib.state_by(
+    state = state.replace(opt_state=host_lib.state_by(
         host_lib.handed_over, state.opt_state, "optimiser" in offload))
+    return host_lib.beside(state, self.base)
 
   def _open(self, state, number):
     task = self._task
