@@ -118,7 +118,7 @@ def execute(config: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _execute(config, folder, sinks):
-  model = blocks.load(config)
+  model = blocks.load(config, trains=True)
   rows, held_out, examples = rows_lib.datasets(model, config)
   if config["adapter"]["init_from"]:
     model = model.with_adapter(

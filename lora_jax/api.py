@@ -50,6 +50,8 @@ from lora_jax.models import load as load_lib
 from lora_jax.models import modules
 from lora_jax.models import resize
 from lora_jax.models import sharding
+from lora_jax.models import size
+from lora_jax.train import footprint
 from lora_jax.train import loop
 from lora_jax.train import memory as memory_lib
 from lora_jax.train import optim as optim_lib
@@ -183,10 +185,7 @@ class Model:
     tree = dataclasses.replace(tree, overrides=overrides)
     config = dataclasses.replace(config, modules_to_save=targets)
     if dropout is not None:
-      tree = jax.tree.map(
-          lambda a: a.replace(rate=jnp.full_like(a.rate, dropout))
-          if hasattr(a, "rate") else a, tree,
-          is_leaf=lambda x: isinstance(x, base_lib.Adapter))
+      tree = base_lib.with_rate(tree, dropout)
       config = dataclasses.replace(config, dropout=dropout).validate()
       text = text | {"lora_dropout": dropout}
     base = self.base
@@ -212,18 +211,7 @@ class Model:
     base, factors = adapters_lib.starts.replace(
         start, self.base, registry.placements(tree),
         load_lib.originals(self.source, self._whole))
-
-    def attach(name, adapter):
-      if name not in factors:
-        return adapter
-      a, b = factors[name]
-      if name in tree.outer:
-        a, b = a[0], b[0]
-      return adapter.replace(a0=a, b0=b)
-
-    return base, tree.replace(
-        layers={k: attach(k, v) for k, v in tree.layers.items()},
-        outer={k: attach(k, v) for k, v in tree.outer.items()})
+    return base, adapters_lib.starts.attached(tree, factors)
 
   def encode(
       self, examples: Sequence[formats.Example], *,
@@ -289,8 +277,8 @@ class Model:
       sample: generates texts at the start and the end.
       save_best: called with the model whenever an evaluation is the best.
       sinks: where metrics go beside the work directory; see `sinks.Sinks`.
-      donate: whether this model's base may be moved to host memory, if
-        `memory` needs it there. This model is then of no more use.
+      donate: whether this model's base may move to host memory, for good, if
+        `memory` needs it there.
 
     Returns:
       The trained model, and what happened.
@@ -438,8 +426,7 @@ class Model:
         self.mesh, array, (None,) * array.ndim)
 
   def _place_batch(self, batch: types.Batch) -> types.Batch:
-    return batch if self.mesh is None else mesh_lib.put_batch(
-        self.mesh, batch)
+    return batch if self.mesh is None else mesh_lib.put_batch(self.mesh, batch)
 
 
 def load(
@@ -455,6 +442,7 @@ def load(
     add_tokens: Sequence[str] = (),
     pad_vocab_multiple: int = 1,
     offload: Sequence[str] = (),
+    memory: memory_lib.MemoryConfig | None = None,
 ) -> Model:
   """Loads a model and its tokenizer.
 
@@ -473,6 +461,7 @@ def load(
     add_tokens: special tokens to add, e.g. those of a chat template.
     pad_vocab_multiple: see `models.resize.grow`.
     offload: keys of `host_lib.KINDS`, what is kept in host memory.
+    memory: of training to come; a base too large for it goes to host memory.
 
   Raises:
     errors.UserError: see `models.load.load`.
@@ -485,9 +474,11 @@ def load(
   devices = mesh_lib.make(mesh or mesh_lib.MeshConfig())
   spread = devices if devices.size > 1 else None
   offload = host_lib.check(offload, jax.local_devices()[0])
+  host = "base" in offload or (not offload and footprint.outgrows(
+      memory, lambda: size.nbytes(source, quant, stored, skip, spread)))
   loaded = base_cache.load(
       source, quant, stored, skip, root=base_folder() if cache else None,
-      mesh=spread, host="base" in offload)
+      mesh=spread, host=host)
   tokenizer = tokenizer_lib.load(source.label, chat_template)
   new = tokenizer_lib.add_tokens(tokenizer, add_tokens) if add_tokens else ()
   config, base = resize.grow(

@@ -180,7 +180,9 @@ def movable(base: types.Tree, donated: bool) -> tuple[str, ...]:
   return tuple(kind for kind in KINDS if free or kind != "base")
 
 
-def apart(device: jax.Device) -> bool:
-  """Whether a device has host memory beside its own."""
-  return device.platform not in ONE_MEMORY and PINNED in {
-      memory.kind for memory in device.addressable_memories()}
+def all_apart() -> bool:
+  """Whether all devices have host memory beside their own."""
+  return all(
+      device.platform not in ONE_MEMORY and PINNED in {
+          memory.kind for memory in device.addressable_memories()}
+      for device in jax.local_devices())

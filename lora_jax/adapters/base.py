@@ -271,6 +271,14 @@ def _named(y: types.Array, name: str | None) -> types.Array:
   return y if name is None else ad_checkpoint.checkpoint_name(y, name)
 
 
+def with_rate(adapters: types.Tree, rate: float) -> types.Tree:
+  """Adapters with another rate of dropout."""
+  return jax.tree.map(
+      lambda a: a.replace(rate=jnp.full_like(a.rate, rate))
+      if hasattr(a, "rate") else a, adapters,
+      is_leaf=lambda x: isinstance(x, Adapter))
+
+
 def split(adapters: types.Tree) -> tuple[types.Tree, types.Tree]:
   """(trainable, frozen): partial trees that `trees.combine` joins again."""
   return _select(adapters, True), _select(adapters, False)

@@ -26,6 +26,8 @@ from lora_jax.train import step as step_lib
 # Of what a device has; a step's temporary values are one block, and what is
 # free is not.
 SPARE = 0.03
+# Of what is free; a base that takes more leaves no room for any step.
+BASE = 0.9
 
 
 def needs(compiled: jax.stages.Compiled, away: int = 0) -> int:
@@ -93,7 +95,7 @@ class Step:
     """`trees` as they are under a choice; nothing is moved for that."""
     base = host_lib.base_by(
         host_lib.described, self.base, "base" in choice.offload)
-    state = self.state.replace(opt_state=host_lib.state_by(
+    state = dataclasses.replace(self.state, opt_state=host_lib.state_by(
         host_lib.described, self.state.opt_state,
         "optimiser" in choice.offload))
     return host_lib.beside(state, base), self.frozen, base
@@ -193,3 +195,18 @@ def room(config: memory.MemoryConfig, arguments: int) -> Room | None:
         found.astype(np.float32)), axis=0)
   total, held = int(found[0]), -int(found[1])
   return None if total < 0 else Room(total, held)
+
+
+def outgrows(
+    config: memory.MemoryConfig | None, size: Callable[[], int]) -> bool:
+  """Whether a base is to be in host memory from the start.
+
+  Args:
+    config: the `memory` block; without one, or one that chooses nothing, no
+      base is.
+    size: bytes of the base on each device.
+  """
+  if not (config and config.chooses and host_lib.all_apart()):
+    return False
+  found = room(config, 0)
+  return found is not None and size() > BASE * found.free

@@ -208,8 +208,8 @@ class Program:
 
   def _plan(self, step, budget):
     task = self._task
-    kinds = host_lib.movable(task.base, task.donate) if all(
-        map(host_lib.apart, jax.local_devices())) else ()
+    kinds = (host_lib.movable(task.base, task.donate)
+             if host_lib.all_apart() else ())
     choices = memory.candidates(
         task.settings, task.memory, self._shape[1:],
         mesh_lib.ways(task.settings.mesh), kinds)
@@ -224,7 +224,7 @@ class Program:
     else:
       move, base = host_lib.moved, task.base
     self.base = host_lib.base_by(move, base, "base" in offload)
-    state = state.replace(opt_state=host_lib.state_by(
+    state = dataclasses.replace(state, opt_state=host_lib.state_by(
         host_lib.handed_over, state.opt_state, "optimiser" in offload))
     return host_lib.beside(state, self.base)
 

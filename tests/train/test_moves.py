@@ -96,8 +96,8 @@ def test_a_budget_moves_base_and_states(
       memory=memory.MemoryConfig(budget, **ROWS))
   assert outcome.plan.choice == BOTH
   assert outcome.plan.need <= budget
-  assert "memory: remat=full, offload=optimiser+base, 4 micro-batches of 1: " in (
-      capsys.readouterr().out)
+  assert ("memory: remat=full, offload=optimiser+base, 4 micro-batches of 1: "
+          in capsys.readouterr().out)
   assert seen == [True, True]  # There are never two of it.
   assert away(matrices(outcome.base)) and away(moments(outcome.state))
   # What was measured, by descriptions, is what runs, from the first step on.
