@@ -6,17 +6,24 @@ memories are one is kept from the tests.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import jax
 import numpy as np
 import pytest
 
+from lora_jax import api
 from lora_jax import errors
 from lora_jax import host as host_lib
+from lora_jax.data import dataset
+from lora_jax.data import templates
+from lora_jax.models import init
 from lora_jax.train import compiles
+from lora_jax.train import loop
 from lora_jax.train import memory
 from lora_jax.train import step as step_lib
+from tests import tiny
 from tests.train import test_footprint as footprints
 from tests.train import test_program as runs
 
@@ -164,3 +171,37 @@ def test_nothing_moves_where_memory_is_one(needs, tmp_path, monkeypatch):
       "with remat=full, 4 micro-batches of 1 a step still needs")):
     fit(tmp_path / "run", base=copied(), donate=True,
         memory=memory.MemoryConfig(needs[NEAR] - 1, **ROWS))
+
+
+def test_through_the_api(tmp_path):
+  """Loaded on the device, trained and evaluated and asked from the host."""
+  config = tiny.CONFIGS["llama"]
+  model = api.Model(
+      config=config, base=init.random_base(jax.random.key(0), config),
+      tokenizer=None, fingerprint="0" * 64, source="tiny").adapt(rank=2)
+  rows = dataset.of([templates.Encoded(
+      tokens=np.arange(8, dtype=np.int32) + n, weights=np.ones(8, np.float32))
+                     for n in range(4)])
+
+  def train(name, budget, **options):
+    return model.train(
+        rows, rows, workdir=tmp_path / name, remat="full",
+        memory=memory.MemoryConfig(budget, 0, 1, 1),
+        config=loop.TrainConfig(steps=2, batch_size=1), **options)
+
+  near, plain = train("near", 1 << 30)
+  states = sum(x.nbytes for x in moments(plain.state))
+  half = sum(x.nbytes for x in matrices(model.base)) // 2
+  far, outcome = train("far", plain.plan.need - states - half, donate=True)
+  assert not plain.plan.choice.offload
+  assert "base" in outcome.plan.choice.offload
+  assert all(x.is_deleted() for x in matrices(model.base))
+  assert away(matrices(far.base))
+  np.testing.assert_allclose(
+      outcome.progress.best_loss, plain.progress.best_loss, rtol=1e-5)
+  np.testing.assert_allclose(
+      far.evaluate(rows).loss, plain.progress.best_loss, rtol=1e-5)
+  answers = [m.generate([[1, 2, 3]], max_new_tokens=3, stop_ids=())
+             for m in (far, dataclasses.replace(
+                 near, base=host_lib.base_by(host_lib.moved, far.base, False)))]
+  assert answers[0] == answers[1]
