@@ -6,7 +6,6 @@ memories are one is kept from the tests.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 
 import jax
@@ -174,7 +173,7 @@ def test_nothing_moves_where_memory_is_one(needs, tmp_path, monkeypatch):
 
 
 def test_through_the_api(tmp_path):
-  """Loaded on the device, trained and evaluated and asked from the host."""
+  """Loaded on the device, trained and evaluated from the host."""
   config = tiny.CONFIGS["llama"]
   model = api.Model(
       config=config, base=init.random_base(jax.random.key(0), config),
@@ -189,7 +188,7 @@ def test_through_the_api(tmp_path):
         memory=memory.MemoryConfig(budget, 0, 1, 1),
         config=loop.TrainConfig(steps=2, batch_size=1), **options)
 
-  near, plain = train("near", 1 << 30)
+  _, plain = train("near", 1 << 30)
   states = sum(x.nbytes for x in moments(plain.state))
   half = sum(x.nbytes for x in matrices(model.base)) // 2
   far, outcome = train("far", plain.plan.need - states - half, donate=True)
@@ -201,7 +200,3 @@ def test_through_the_api(tmp_path):
       outcome.progress.best_loss, plain.progress.best_loss, rtol=1e-5)
   np.testing.assert_allclose(
       far.evaluate(rows).loss, plain.progress.best_loss, rtol=1e-5)
-  answers = [m.generate([[1, 2, 3]], max_new_tokens=3, stop_ids=())
-             for m in (far, dataclasses.replace(
-                 near, base=host_lib.base_by(host_lib.moved, far.base, False)))]
-  assert answers[0] == answers[1]
