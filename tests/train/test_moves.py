@@ -172,6 +172,7 @@ def test_nothing_moves_where_memory_is_one(needs, tmp_path, monkeypatch):
         memory=memory.MemoryConfig(needs[NEAR] - 1, **ROWS))
 
 
+@pytest.mark.slow  # Evaluations and steps of two runs are compiled.
 def test_through_the_api(tmp_path):
   """Loaded on the device, trained and evaluated from the host."""
   config = tiny.CONFIGS["llama"]
