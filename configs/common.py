@@ -156,14 +156,14 @@ def get_config() -> config_dict.ConfigDict:
   config.compute.mlp_tiles = 0
   # What is kept in host memory, several with commas: base (the frozen layers,
   # copied in one ahead of the computation), activations (what remat keeps),
-  # optimiser (its states between steps).
+  # optimiser (its states between steps). Empty: nothing, or what memory needs.
   config.compute.offload = ""
   # auto plain cudnn tokamax splash; auto takes the fastest that can.
   config.compute.attention = "auto"
 
-  # What makes a step fit: compute.remat, compute.mlp_tiles and micro-batches
-  # are chosen, fastest first, as far as they are left at auto or 0. Loss and
-  # gradients stay the same to rounding.
+  # What makes a step fit: compute.remat, compute.mlp_tiles, compute.offload and
+  # micro-batches are chosen, fastest first, as far as they are left at auto, 0
+  # or empty. Loss and gradients stay the same to rounding.
   config.memory = c()
   # GiB of each device that training may take, e.g. 24.0; 0 is what it has.
   config.memory.budget_gib = 0.0

@@ -77,12 +77,15 @@ def _token_indices(block: Config) -> tuple[int, ...] | str:
         'write "49152,49153", or new') from None
 
 
-def load(config: Config, dtype: str | None = None) -> api.Model:
+def load(
+    config: Config, dtype: str | None = None, *, trains: bool = False
+) -> api.Model:
   """The model of a config, on its mesh.
 
   Args:
     config: all blocks.
     dtype: compute type; the config's by default.
+    trains: whether the `memory` block applies.
 
   Raises:
     errors.UserError: see `api.load`.
@@ -97,7 +100,7 @@ def load(config: Config, dtype: str | None = None) -> api.Model:
       cache=config["model"].get("cache", True),
       add_tokens=names(config["model"].get("add_tokens", "")),
       pad_vocab_multiple=config["model"].get("pad_vocab_multiple", 1),
-      offload=offload(config))
+      offload=offload(config), memory=memory(config) if trains else None)
 
 
 def _pattern(field: str, block: Config, number: Callable) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def execute(config: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _execute(config, folder, sinks):
-  model = blocks.load(config)
+  model = blocks.load(config, trains=True)
   rows, held_out, examples = rows_lib.datasets(model, config)
   if config["adapter"]["init_from"]:
     model = model.with_adapter(
@@ -153,7 +153,7 @@ def _execute(config, folder, sinks):
       packing=config["data"]["packing"], remat=config["compute"]["remat"],
       precision=blocks.precision(config), memory=blocks.memory(config),
       seed=config["seed"], sample=sample if asked else None, save_best=save,
-      sinks=sinks)
+      sinks=sinks, donate=True)
   if held_out is None:
     save(model)
   if not processes.writes():

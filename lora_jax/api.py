@@ -50,6 +50,8 @@ from lora_jax.models import load as load_lib
 from lora_jax.models import modules
 from lora_jax.models import resize
 from lora_jax.models import sharding
+from lora_jax.models import size
+from lora_jax.train import footprint
 from lora_jax.train import loop
 from lora_jax.train import memory as memory_lib
 from lora_jax.train import optim as optim_lib
@@ -183,10 +185,7 @@ class Model:
     tree = dataclasses.replace(tree, overrides=overrides)
     config = dataclasses.replace(config, modules_to_save=targets)
     if dropout is not None:
-      tree = jax.tree.map(
-          lambda a: a.replace(rate=jnp.full_like(a.rate, dropout))
-          if hasattr(a, "rate") else a, tree,
-          is_leaf=lambda x: isinstance(x, base_lib.Adapter))
+      tree = base_lib.with_rate(tree, dropout)
       config = dataclasses.replace(config, dropout=dropout).validate()
       text = text | {"lora_dropout": dropout}
     base = self.base
@@ -212,18 +211,7 @@ class Model:
     base, factors = adapters_lib.starts.replace(
         start, self.base, registry.placements(tree),
         load_lib.originals(self.source, self._whole))
-
-    def attach(name, adapter):
-      if name not in factors:
-        return adapter
-      a, b = factors[name]
-      if name in tree.outer:
-        a, b = a[0], b[0]
-      return adapter.replace(a0=a, b0=b)
-
-    return base, tree.replace(
-        layers={k: attach(k, v) for k, v in tree.layers.items()},
-        outer={k: attach(k, v) for k, v in tree.outer.items()})
+    return base, adapters_lib.starts.attached(tree, factors)
 
   def encode(
       self, examples: Sequence[formats.Example], *,
@@ -270,6 +258,7 @@ class Model:
       sample: Callable[[Model], list[str]] | None = None,
       save_best: Callable[[Model, int], None] | None = None,
       sinks: sinks_lib.Sinks | None = None,
+      donate: bool = False,
   ) -> tuple[Model, loop.Outcome]:
     """Trains the adapters; goes on from a checkpoint in `workdir`.
 
@@ -288,6 +277,8 @@ class Model:
       sample: generates texts at the start and the end.
       save_best: called with the model whenever an evaluation is the best.
       sinks: where metrics go beside the work directory; see `sinks.Sinks`.
+      donate: whether this model's base may move to host memory, for good, if
+        `memory` needs it there.
 
     Returns:
       The trained model, and what happened.
@@ -306,13 +297,13 @@ class Model:
           f"adapter.method={self.adapter_config.method} trains nothing; set "
           "train.steps=0, or choose another method")
 
-    def model(params):
+    def model(params, base):
       return dataclasses.replace(
-          self, adapters=adapters_lib.join(
+          self, base=base, adapters=adapters_lib.join(
               precision_lib.widen(params), frozen))
 
     evaluate = None if held_out is None else (
-        lambda params: model(params).evaluate(
+        lambda *now: model(*now).evaluate(
             held_out, batch_size=config.batch_size))
     task = loop.Task(
         model=self.config, base=self.base, frozen=frozen,
@@ -333,15 +324,15 @@ class Model:
         key=jax.random.key(seed),
         place=self._place_batch,
         evaluate=evaluate,
-        sample=sample and (lambda params: sample(model(params))),
+        sample=sample and (lambda *now: sample(model(*now))),
         save_best=save_best and (
-            lambda params, step: save_best(model(params), step)),
-        sinks=sinks or sinks_lib.Sinks())
+            lambda params, base, step: save_best(model(params, base), step)),
+        sinks=sinks or sinks_lib.Sinks(), donate=donate)
     outcome = loop.fit(
         task, self._place(step_lib.init_state(
             params, precision, self.dtype, optim.name, self.offload)),
         config, pathlib.Path(workdir))
-    return model(outcome.state.params), outcome
+    return model(outcome.state.params, outcome.base), outcome
 
   def generate(
       self, prompts: Sequence[Sequence[int] | np.ndarray], **options
@@ -435,8 +426,7 @@ class Model:
         self.mesh, array, (None,) * array.ndim)
 
   def _place_batch(self, batch: types.Batch) -> types.Batch:
-    return batch if self.mesh is None else mesh_lib.put_batch(
-        self.mesh, batch)
+    return batch if self.mesh is None else mesh_lib.put_batch(self.mesh, batch)
 
 
 def load(
@@ -452,6 +442,7 @@ def load(
     add_tokens: Sequence[str] = (),
     pad_vocab_multiple: int = 1,
     offload: Sequence[str] = (),
+    memory: memory_lib.MemoryConfig | None = None,
 ) -> Model:
   """Loads a model and its tokenizer.
 
@@ -470,6 +461,7 @@ def load(
     add_tokens: special tokens to add, e.g. those of a chat template.
     pad_vocab_multiple: see `models.resize.grow`.
     offload: keys of `host_lib.KINDS`, what is kept in host memory.
+    memory: of training to come; a base too large for it goes to host memory.
 
   Raises:
     errors.UserError: see `models.load.load`.
@@ -482,9 +474,11 @@ def load(
   devices = mesh_lib.make(mesh or mesh_lib.MeshConfig())
   spread = devices if devices.size > 1 else None
   offload = host_lib.check(offload, jax.local_devices()[0])
+  host = "base" in offload or (not offload and footprint.outgrows(
+      memory, lambda: size.nbytes(source, quant, stored, skip, spread)))
   loaded = base_cache.load(
       source, quant, stored, skip, root=base_folder() if cache else None,
-      mesh=spread, host="base" in offload)
+      mesh=spread, host=host)
   tokenizer = tokenizer_lib.load(source.label, chat_template)
   new = tokenizer_lib.add_tokens(tokenizer, add_tokens) if add_tokens else ()
   config, base = resize.grow(

@@ -262,6 +262,14 @@ def project_all(
   return [found[k] for k in range(len(weights))]
 
 
+def with_rate(adapters: types.Tree, rate: float) -> types.Tree:
+  """Adapters with another rate of dropout."""
+  return jax.tree.map(
+      lambda a: a.replace(rate=jnp.full_like(a.rate, rate))
+      if hasattr(a, "rate") else a, adapters,
+      is_leaf=lambda x: isinstance(x, Adapter))
+
+
 def split(adapters: types.Tree) -> tuple[types.Tree, types.Tree]:
   """(trainable, frozen): partial trees that `trees.combine` joins again."""
   return _select(adapters, True), _select(adapters, False)

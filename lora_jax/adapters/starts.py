@@ -179,6 +179,24 @@ def replace(
   return tree, found
 
 
+def attached(
+    adapters: types.Tree,
+    factors: Mapping[str, tuple[jax.Array, jax.Array]]) -> types.Tree:
+  """Adapters with the A0 and B0 that `replace` found, where it found some."""
+
+  def attach(name, adapter):
+    if name not in factors:
+      return adapter
+    a, b = factors[name]
+    if name in adapters.outer:
+      a, b = a[0], b[0]
+    return adapter.replace(a0=a, b0=b)
+
+  return adapters.replace(
+      layers={k: attach(k, v) for k, v in adapters.layers.items()},
+      outer={k: attach(k, v) for k, v in adapters.outer.items()})
+
+
 def _replace_stack(start, name, weight, placement, originals, stacked):
   depth = len(placement.rank)
   i, o = weight.shape[-2:]

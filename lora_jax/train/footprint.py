@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import host as host_lib
 from lora_jax import types
 from lora_jax.models import config as config_lib
 from lora_jax.train import memory
@@ -25,33 +26,42 @@ from lora_jax.train import step as step_lib
 # Of what a device has; a step's temporary values are one block, and what is
 # free is not.
 SPARE = 0.03
+# Of what is free; a base that takes more leaves no room for any step.
+BASE = 0.9
 
 
-def needs(compiled: jax.stages.Compiled) -> int:
-  """Bytes on a device while a program runs, its arguments among them."""
+def needs(compiled: jax.stages.Compiled, away: int = 0) -> int:
+  """Bytes on a device while a program runs, its arguments among them.
+
+  Args:
+    compiled: the program.
+    away: bytes of its arguments that are in host memory. What has one memory
+      (a CPU) counts them among the others.
+  """
   found = compiled.memory_analysis()
   if found is None:
     return 0
-  return (found.argument_size_in_bytes + found.temp_size_in_bytes
-          + found.output_size_in_bytes - found.alias_size_in_bytes)
+  total = (found.argument_size_in_bytes + found.temp_size_in_bytes
+           + found.output_size_in_bytes - found.alias_size_in_bytes)
+  return total if found.host_argument_size_in_bytes else total - away
 
 
-def resident(tree: types.Tree) -> int:
-  """Bytes of a tree's arrays on one device; abstract ones count as well."""
+def resident(tree: types.Tree, away: bool = False) -> int:
+  """Bytes of a tree's arrays on one device; abstract ones count as well.
+
+  Args:
+    tree: arrays, in whatever memory.
+    away: whether to count those in host memory instead.
+  """
 
   def one(x):
-    where = getattr(x, "sharding", None)
-    if where is not None and where.memory_kind not in _device_kinds(where):
+    if host_lib.is_away(x) != away:
       return 0
+    where = getattr(x, "sharding", None)
     shape = x.shape if where is None else where.shard_shape(x.shape)
     return math.prod(shape) * x.dtype.itemsize
 
   return sum(map(one, jax.tree.leaves(tree)))
-
-
-def _device_kinds(sharding) -> set[str | None]:
-  device = next(iter(sharding.device_set))
-  return {None, device.default_memory().kind}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,21 +91,30 @@ class Step:
   def trees(self) -> tuple[Any, ...]:
     return self.state, self.frozen, self.base
 
+  def described(self, choice: memory.Choice) -> tuple[Any, ...]:
+    """`trees` as they are under a choice; nothing is moved for that."""
+    base = host_lib.base_by(
+        host_lib.described, self.base, "base" in choice.offload)
+    state = dataclasses.replace(self.state, opt_state=host_lib.state_by(
+        host_lib.described, self.state.opt_state,
+        "optimiser" in choice.offload))
+    return host_lib.beside(state, base), self.frozen, base
+
+  def compile(self, choice: memory.Choice) -> jax.stages.Compiled:
+    """The program under a choice."""
+    return step_lib.train_step.lower(
+        *self.described(choice), self.place(choice.split(self.batch)),
+        self.hyper, self.key, model=self.model,
+        settings=choice.settings(self.settings)).compile()
+
   def need(self, choice: memory.Choice) -> int:
     """Bytes on a device of the program under a choice, which is compiled."""
-    compiled = step_lib.train_step.lower(
-        *self.trees, self.place(choice.split(self.batch)), self.hyper,
-        self.key, model=self.model,
-        settings=choice.settings(self.settings)).compile()
-    return needs(compiled) or self.bound(choice)
+    away = resident(self.described(choice), away=True)
+    return needs(self.compile(choice), away) or self.bound(choice)
 
   def bound(self, choice: memory.Choice) -> int:
     """Bytes that no such program does without: its arguments, and what the
     backward pass keeps of the layers."""
-    trees = [tree for tree, kind in (
-        (self.state.params, None), (self.state.opt_state, "optimiser"),
-        (self.frozen, None), (self.base, "base"))
-             if kind not in choice.offload]
     kept = 0
     if "activations" not in choice.offload:
       mesh = self.settings.mesh
@@ -104,7 +123,7 @@ class Step:
         self._known[what] = self._kept(*what)
       kept = self._known[what] // (
           choice.parts * (1 if mesh is None else mesh.size))
-    return sum(map(resident, trees)) + kept
+    return resident(self.described(choice)) + kept
 
   def _kept(self, remat, mlp_tiles):
     """Bytes kept for the backward pass of a whole micro-batch, on all
@@ -124,8 +143,9 @@ class Step:
               settings=settings), params)
       return jax.tree.leaves(pullback)
 
+    base = host_lib.base_by(host_lib.described, self.base, False)
     found = jax.eval_shape(
-        residuals, self.state.params, self.frozen, self.base, rows, self.key)
+        residuals, self.state.params, self.frozen, base, rows, self.key)
     # The weights are among the residuals, too: not by layer, row and token.
     return sum(
         math.prod(x.shape) * x.dtype.itemsize for x in found
@@ -176,3 +196,18 @@ def room(config: memory.MemoryConfig, arguments: int) -> Room | None:
         found.astype(np.float32)), axis=0)
   total, held = int(found[0]), -int(found[1])
   return None if total < 0 else Room(total, held)
+
+
+def outgrows(
+    config: memory.MemoryConfig | None, size: Callable[[], int]) -> bool:
+  """Whether a base is to be in host memory from the start.
+
+  Args:
+    config: the `memory` block; without one, or one that chooses nothing, no
+      base is.
+    size: bytes of the base on each device.
+  """
+  if not (config and config.chooses and host_lib.all_apart()):
+    return False
+  found = room(config, 0)
+  return found is not None and size() > BASE * found.free

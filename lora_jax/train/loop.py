@@ -91,15 +91,18 @@ class Task:
     settings: static choices of the step.
     key: PRNG key of the run.
     place: puts a batch on the devices.
-    evaluate: params -> row losses (`.loss`, `.perplexity`), or None.
-    sample: params -> texts, or None.
-    save_best: `(params, step)`, called whenever an evaluation is the best.
+    evaluate: `(params, base)` -> row losses (`.loss`, `.perplexity`), or None.
+    sample: `(params, base)` -> texts, or None.
+    save_best: `(params, base, step)`, called whenever an evaluation is the
+      best.
     sinks: where metrics go beside `metrics.jsonl`; whoever made them finishes
       them.
     base_digest: of base weights that were replaced at the start (see
       `adapters.starts`), or None. Checkpoints do not hold them: whoever goes
       on must have come to the same.
     memory: how a step is made to fit.
+    donate: whether `base` may be moved to host memory to that end: whoever
+      else holds it holds nothing then. Callbacks get the base that there is.
   """
 
   model: config_lib.ModelConfig
@@ -111,13 +114,14 @@ class Task:
   settings: step_lib.Settings
   key: jax.Array
   place: Callable[[types.Batch], types.Batch] = lambda batch: batch
-  evaluate: Callable[[types.Tree], Any] | None = None
-  sample: Callable[[types.Tree], list[str]] | None = None
-  save_best: Callable[[types.Tree, int], None] | None = None
+  evaluate: Callable[[types.Tree, types.Tree], Any] | None = None
+  sample: Callable[[types.Tree, types.Tree], list[str]] | None = None
+  save_best: Callable[[types.Tree, types.Tree, int], None] | None = None
   sinks: sinks_lib.Sinks = dataclasses.field(default_factory=sinks_lib.Sinks)
   base_digest: str | None = None
   memory: memory_lib.MemoryConfig = dataclasses.field(
       default_factory=memory_lib.MemoryConfig)
+  donate: bool = False
 
 
 @dataclasses.dataclass
@@ -146,9 +150,10 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """What `fit` returns."""
+  """What `fit` returns; `base` in whichever memory it ended up."""
 
   state: step_lib.TrainState
+  base: types.Tree
   progress: Progress
   compile_seconds: float
   compiles: int
@@ -216,7 +221,7 @@ class _Run:
     self.metrics = workdir_lib.metrics(self.folder / "metrics.jsonl", before)
     self.task.sinks.start(self.folder, before)
     try:
-      self.program.choose(state, self.progress.step)
+      state = self.program.choose(state, self.progress.step)
       if restored is None:
         self._evaluate(state.params, 0)
         self._sample(state.params, 0)
@@ -235,8 +240,9 @@ class _Run:
         stopped = self._after(state, i, checkpoints)
       if not self.config.steps:  # There was no checkpoint to note it.
         self.progress.seconds = time.monotonic() - self.began
-      return Outcome(state, self.progress, self.compiles.seconds,
-                     self.compiles.count, stopped, self.program.plan)
+      return Outcome(
+          state, self.program.base, self.progress, self.compiles.seconds,
+          self.compiles.count, stopped, self.program.plan)
     finally:
       self.metrics.close()
       checkpoints.close()
@@ -347,7 +353,7 @@ class _Run:
   def _evaluate(self, params, number):
     if self.task.evaluate is None:
       return
-    rows = self.task.evaluate(params)
+    rows = self.task.evaluate(params, self.program.base)
     if not math.isfinite(rows.loss):
       raise errors.UserError(
           f"step {number}: the held-out loss is {rows.loss}, not finite; "
@@ -364,13 +370,14 @@ class _Run:
       progress.best_loss, progress.best_step = rows.loss, number
       progress.stale = 0
       if self.task.save_best is not None:
-        self.task.save_best(params, number)
+        self.task.save_best(params, self.program.base, number)
     else:
       progress.stale += 1
 
   def _sample(self, params, number):
     if self.task.sample is not None:
-      texts = self.progress.samples[str(number)] = self.task.sample(params)
+      texts = self.progress.samples[str(number)] = self.task.sample(
+          params, self.program.base)
       self.task.sinks.text(number, texts)
 
 

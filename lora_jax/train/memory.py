@@ -12,7 +12,7 @@ Nothing here touches a device: what a program needs is told by `footprint`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 import dataclasses
 import itertools
 
@@ -35,8 +35,6 @@ TILED = 1.05
 # products of so many tokens: 2.5 bytes a parameter at 2.64 TB/s, against 2
 # operations at 470 TFLOP/s (the same card).
 TOKENS_OF_A_PASS = 222
-# Keys of OFFLOAD that the step implements.
-IMPLEMENTED: tuple[str, ...] = ()
 # Tokens of a device below which a tile is not made by itself: the MLP's
 # weights are dequantised for each.
 TILE_TOKENS = 2048
@@ -167,7 +165,8 @@ def start(
 
 def candidates(
     settings: step_lib.Settings, config: MemoryConfig,
-    shape: tuple[int, int], ways: int = 1
+    shape: tuple[int, int], ways: int = 1,
+    kinds: Collection[str] = ()
 ) -> list[Choice]:
   """All choices that keep what the config sets, the fastest first.
 
@@ -176,6 +175,7 @@ def candidates(
     config: the `memory` block; what is not 0 is kept.
     shape: b, t of a micro-batch of the config.
     ways: into how many parts the mesh cuts b; no micro-batch has fewer rows.
+    kinds: keys of `OFFLOAD` that may be chosen.
   """
   (b, t), fixed = shape, start(settings, config, shape[0])
   splits = [fixed.parts] if config.micro_batch else [
@@ -185,18 +185,18 @@ def candidates(
   def found() -> Iterator[Choice]:
     for remat, parts in itertools.product(policies, splits or [1]):
       tokens = b // parts * t // ways
-      for offload in _offloads(settings.offload, remat):
+      for offload in _offloads(settings.offload, remat, kinds):
         for tiles in _tilings(config.mlp_tiles, remat, tokens):
           yield Choice(remat, tiles, offload, parts)
 
   return sorted(found(), key=lambda c: cost(c, b * t // ways))
 
 
-def _offloads(fixed, remat):
+def _offloads(fixed, remat, kinds):
   if fixed:
     return [fixed]
   # Only under `full` are a layer's inputs all that is kept.
-  kinds = [kind for kind in OFFLOAD if kind in IMPLEMENTED
+  kinds = [kind for kind in OFFLOAD if kind in kinds
            and (kind != "activations" or remat == "full")]
   return [some for n in range(len(kinds) + 1)
           for some in itertools.combinations(kinds, n)]
@@ -240,12 +240,13 @@ def choose(
   measured: dict[Choice, int] = {}
 
   def expected(choice):
-    """The bound, and what the same with other rows needs beyond its own;
-    that grows with the rows at most."""
+    """The bound, and what the same with other rows, or less in host memory,
+    needs beyond its own; that grows with the rows at most."""
     beyond = [
         (number - bound(other)) * min(1.0, other.parts / choice.parts)
         for other, number in measured.items()
-        if dataclasses.replace(other, parts=choice.parts) == choice]
+        if set(other.offload) <= set(choice.offload) and dataclasses.replace(
+            other, parts=choice.parts, offload=choice.offload) == choice]
     return int(bound(choice) + max([0.0, *beyond]))
 
   refused = None
@@ -256,7 +257,9 @@ def choose(
       if number <= budget:
         return Plan(choice, number, True, refused)
     refused = refused or (choice, number)
-  least = min(choices, key=expected)
-  if least not in measured:
+  while True:
+    least = min(choices, key=lambda c: measured.get(c, expected(c)))
+    if least in measured:
+      number = measured[least]
+      return Plan(least, number, number <= budget, refused)
     measured[least] = need(least)
-  return Plan(least, measured[least], measured[least] <= budget, refused)

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from lora_jax import errors
+from lora_jax import host as host_lib
 from lora_jax import mesh as mesh_lib
 from lora_jax import trees
 from lora_jax import types
@@ -62,7 +63,13 @@ class Copy:
 
 
 class Program:
-  """`train_step` of a task under a choice."""
+  """`train_step` of a task under a choice.
+
+  Attributes:
+    base: the task's, in the memory that the choice wants it in.
+    choice: how the steps are computed.
+    plan: why, if it was chosen.
+  """
 
   def __init__(self, task: Any, note: Callable[[str], None]):
     """The task as it is configured.
@@ -77,31 +84,35 @@ class Program:
     self._task, self._note = task, note
     self._copy: Copy | None = None
     self._again = False
+    self.base = task.base
     self.plan: memory.Plan | None = None
     self._shape = task.batches.batch(0).tokens.shape
     self.choice = memory.start(task.settings, task.memory, self._shape[1])
 
-  def choose(self, state: step_lib.TrainState, number: int) -> None:
+  def choose(
+      self, state: step_lib.TrainState, number: int) -> step_lib.TrainState:
     """Chooses what fits, if the config wants that and the memory is known.
 
     Args:
-      state: of the next step.
+      state: of the next step; donated.
       number: steps done.
+
+    Returns:
+      The state, in the memory that the choice wants it in.
 
     Raises:
       errors.UserError: if nothing fits into the budget that is set.
     """
     config = self._task.memory
     if not config.chooses or number >= len(self._task.learning_rates):
-      return
+      return host_lib.beside(state, self.base)
     step = self._open(state, number)
     room = footprint.room(config, footprint.resident(step.trees))
     if room is None:
       self._note("memory: this device does not say what it has; set "
                  "memory.budget_gib to have a program chosen that fits")
-      return
-    self.plan = plan = self._plan(step, room.free)
-    self.choice = plan.choice
+      return host_lib.beside(state, self.base)
+    plan = self._plan(step, room.free)
     total, need = (
         f"{n / memory.GIB:.1f}" for n in (room.total, plan.need + room.held))
     if not plan.fits and config.budget_gib:
@@ -115,6 +126,7 @@ class Program:
       line += (f" ({self._text(faster)} would need "
                f"{(least + room.held) / memory.GIB:.1f})")
     self._note(line if plan.fits else f"{line}; nothing fits, trying this")
+    return self._take(plan, state)
 
   def step(
       self, state: step_lib.TrainState, number: int
@@ -123,7 +135,7 @@ class Program:
     task = self._task
     batch = self.choice.split(task.batches.batch(number))
     return step_lib.train_step(
-        state, task.frozen, task.base, task.place(batch),
+        state, task.frozen, self.base, task.place(batch),
         optim.hyper(task.optim, task.learning_rates[number]), task.key,
         model=task.model, settings=self.choice.settings(task.settings))
 
@@ -173,11 +185,10 @@ class Program:
     plan = self._plan(step, memory.SMALLER * step.need(was))
     if not plan.fits:
       raise self.complaint(reason)
-    self.plan, self.choice = plan, plan.choice
     self._note(
         f"memory: the device ran out of it with {self._text(was)}; going on "
         f"from step {copy.step} with {self._text(plan.choice)}")
-    return state, copy.step
+    return self._take(plan, state), copy.step
 
   def complaint(self, reason: str) -> errors.UserError:
     """Of running out of memory anywhere in a run, for users.
@@ -196,15 +207,31 @@ class Program:
     return choice.text(*self._shape[:2])
 
   def _plan(self, step, budget):
+    task = self._task
+    kinds = (host_lib.movable(task.base, task.donate)
+             if host_lib.all_apart() else ())
     choices = memory.candidates(
-        self._task.settings, self._task.memory, self._shape[1:],
-        mesh_lib.ways(self._task.settings.mesh))
+        task.settings, task.memory, self._shape[1:],
+        mesh_lib.ways(task.settings.mesh), kinds)
     return memory.choose(choices, budget, step.bound, step.need)
+
+  def _take(self, plan, state):
+    """Goes on by a plan: what it wants elsewhere is moved there."""
+    self.plan, self.choice = plan, plan.choice
+    task, offload = self._task, plan.choice.offload
+    if task.donate:
+      move, base = host_lib.handed_over, self.base
+    else:
+      move, base = host_lib.moved, task.base
+    self.base = host_lib.base_by(move, base, "base" in offload)
+    state = dataclasses.replace(state, opt_state=host_lib.state_by(
+        host_lib.handed_over, state.opt_state, "optimiser" in offload))
+    return host_lib.beside(state, self.base)
 
   def _open(self, state, number):
     task = self._task
     return footprint.Step(
-        task.model, task.settings, state, task.frozen, task.base,
+        task.model, task.settings, state, task.frozen, self.base,
         task.batches.batch(number),
         optim.hyper(task.optim, task.learning_rates[number]), task.key,
         task.place)

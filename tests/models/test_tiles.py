@@ -27,7 +27,8 @@ def test_a_function_of_tokens_by_hand():
   noise = adapters_lib.Noise(jax.random.key(0), ids, 100 + ids)
   widths = []
 
-  def function(x, noise):
+  def function(keep, x, noise):
+    del keep
     widths.append(x.shape[1])
     return x * 2 + (noise.example_ids * 1000 + noise.positions)[..., None]
 

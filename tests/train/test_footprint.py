@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import types as python_types
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from lora_jax import errors
+from lora_jax import host as host_lib
 from lora_jax.train import compiles
 from lora_jax.train import footprint
 from lora_jax.train import memory
@@ -39,9 +41,9 @@ def needs():
 def test_bounds_by_hand():
   opened = step()
   arguments = sum(
-      x.size * x.dtype.itemsize for x in jax.tree.leaves(opened.trees)) - 4
+      x.size * x.dtype.itemsize for x in jax.tree.leaves(opened.trees))
   assert opened.bound(FULL) - arguments == 4 * CONFIG.n_layers * B * T * (
-      CONFIG.d_model)  # The layers' inputs; the step's number is not counted.
+      CONFIG.d_model)  # The layers' inputs.
   heads, kv = (n * CONFIG.head_dim
                for n in (CONFIG.n_heads, CONFIG.n_kv_heads))
   kept = 2 * CONFIG.d_model + 2 * heads + 2 * kv + 2 * CONFIG.d_ff
@@ -52,11 +54,23 @@ def test_bounds_by_hand():
   assert (opened.bound(memory.Choice("named", mlp_tiles=4)) - arguments
           == whole - 4 * CONFIG.n_layers * B * T * 2 * CONFIG.d_ff)
   assert opened.bound(memory.Choice("none")) > opened.bound(NAMED)
-  # On the host neither counts.
+  # On the host neither counts, but vectors and scalars are never there.
+  every = tuple(memory.OFFLOAD)
+  matrices, moments = (
+      [x for x in jax.tree.leaves(tree) if x.ndim >= least] for tree, least in
+      ((opened.base.layers, 3), (opened.state.opt_state, 1)))
+  assert len(matrices) == 7 and len(moments) == 28
+  assert opened.bound(memory.Choice("full", offload=every)) == (
+      arguments - 4 * sum(x.size for x in matrices + moments))
   bytes_of = footprint.resident
-  assert opened.bound(memory.Choice(
-      "full", offload=("activations", "base", "optimiser"))) == (
-          bytes_of(opened.state.params) + bytes_of(opened.frozen))
+  far = opened.described(memory.Choice("full", offload=every))
+  assert bytes_of(far) + bytes_of(far, away=True) == arguments
+  # Nothing was moved, and a base that is away counts as one that comes back.
+  assert bytes_of(opened.trees) == arguments
+  back = dataclasses.replace(
+      opened, base=host_lib.placed(opened.base), _known={})
+  assert bytes_of(back.trees) < arguments
+  assert back.bound(NAMED) == opened.bound(NAMED)
   abstract = jax.eval_shape(lambda: opened.base)
   assert bytes_of(abstract) == bytes_of(opened.base)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lora_jax import errors
+from lora_jax import host as host_lib
 from lora_jax import types
 from lora_jax.train import memory
 from lora_jax.train import step
@@ -69,17 +70,19 @@ def test_tiles_come_with_long_rows_only():
   assert tiles(16384) == {1, 8}
 
 
-def test_only_what_is_implemented_is_offloaded(monkeypatch):
-  kinds = lambda: {c.offload for c in memory.candidates(AUTO, OPEN, (1, 64))}
-  monkeypatch.setattr(memory, "IMPLEMENTED", ())
+def test_what_may_be_offloaded():
+  choices = lambda *kinds, **set_: memory.candidates(
+      step.Settings(remat="auto", **set_), OPEN, (1, 64), kinds=kinds)
+  kinds = lambda *some, **set_: {c.offload for c in choices(*some, **set_)}
   assert kinds() == {()}
-  monkeypatch.setattr(memory, "IMPLEMENTED", ("base", "activations"))
-  assert kinds() == {
+  assert kinds("base", "activations") == {
       (), ("activations",), ("base",), ("activations", "base")}
+  assert len(kinds(*memory.OFFLOAD)) == 8
+  assert kinds(*memory.OFFLOAD, offload=("base",)) == {("base",)}
   # `activations` are the inputs of layers, which `full` alone has to keep.
-  assert all(c.remat == "full" for c in memory.candidates(
-      AUTO, OPEN, (1, 64)) if "activations" in c.offload)
-  assert set(memory.IMPLEMENTED) <= set(memory.OFFLOAD)
+  assert all(c.remat == "full" for c in choices(*memory.OFFLOAD)
+             if "activations" in c.offload)
+  assert set(memory.OFFLOAD) == set(host_lib.KINDS)
 
 
 class Programs:

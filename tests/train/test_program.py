@@ -126,12 +126,13 @@ class Device:
     found = python_types.SimpleNamespace(
         argument_size_in_bytes=rows << 22, output_size_in_bytes=50,
         temp_size_in_bytes=(settings.remat != "full") * rows << 23,
-        alias_size_in_bytes=50)
+        alias_size_in_bytes=50, host_argument_size_in_bytes=0)
     done = python_types.SimpleNamespace(memory_analysis=lambda: found)
     return python_types.SimpleNamespace(compile=lambda: done)
 
 
-def evaluate(params):
+def evaluate(params, base):
+  del base
   mean = float(np.mean(jax.tree.leaves(jax.tree.map(jnp.mean, params))))
   return python_types.SimpleNamespace(
       loss=mean, perplexity=mean, nll=np.full(1, mean), weight=np.ones(1))
@@ -230,7 +231,7 @@ def test_copies_are_made_in_long_stretches_too(device, tmp_path, monkeypatch):
 def test_in_an_evaluation_it_is_no_step_that_failed(device, tmp_path):
   calls = device().calls
 
-  def exhausted(params):
+  def exhausted(params, base):
     raise jax.errors.JaxRuntimeError(EXHAUSTED)
 
   with pytest.raises(errors.UserError, match="ran out of memory"):

@@ -90,8 +90,8 @@ def fit(folder, log=None, steps=4, *, monkeypatch):
   """`loop.fit` with all that a sink can be told."""
   monkeypatch.setattr(step_lib, "train_step", _step)
 
-  def evaluate(params):
-    del params
+  def evaluate(params, base):
+    del params, base
     return python_types.SimpleNamespace(
         loss=1.5, perplexity=7.0,
         nll=np.ones(2), weight=np.ones(2))
@@ -104,7 +104,7 @@ def fit(folder, log=None, steps=4, *, monkeypatch):
         learning_rates=np.full(steps, 0.5, np.float32),
         optim=optim.OptimConfig(), settings=step_lib.Settings(),
         key=jax.random.key(0), evaluate=evaluate,
-        sample=lambda params: ["one", "two"], sinks=fanned)
+        sample=lambda params, base: ["one", "two"], sinks=fanned)
     outcome = loop.fit(
         task, step_lib.init_state({"w": jnp.ones(2)}),
         loop.TrainConfig(steps=steps, eval_every=2, checkpoint_every=2),
