@@ -23,7 +23,6 @@ from lora_jax.train import loss
 from lora_jax.train import optim
 from lora_jax.train import precision as precision_lib
 
-
 # XLA for GPUs has cuBLAS write a product into its slice of a stack, or add to
 # what is there, only where it has not made it a fusion for Triton to compete
 # for: of a 7B model's step on an H100 that is 4%. See `models.tape`.
