@@ -9,12 +9,14 @@ weights, in their buffer, and x A beside x:
   [g W^T  g B^T] = g [W ; B]^T              dx = g W^T + (g B^T) A^T
 
 so that the frozen product, some columns wider, computes both. Projections that
-read the same x share its copy and are one product.
+read the same x share its copy and are one product. Whoever needs A^T W (DoRA's
+norms) gets it of the same buffer, which is read once more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+import functools
 
 import jax
 from jax import ad_checkpoint
@@ -44,7 +46,19 @@ def matmul(
     a: `[i, r]` float32.
     b: `[r, o]` float32, o the sum of theirs.
   """
-  return _joint(x, tuple(weights), a, b)
+  return _joint(False, x, tuple(weights), a, b)[0]
+
+
+def matmul_and_cross(
+    x: types.Array, weights: Weights, a: types.Array, b: types.Array
+) -> tuple[types.Array, types.Array]:
+  """`matmul`, and `A^T [W_1 .. W_n]` `[r, o]` float32, without a gradient.
+
+  The operands of the latter are rounded to `x.dtype`, its sums are not.
+  """
+  y, cross = _joint(True, x, tuple(weights), a, b)
+  assert cross is not None
+  return y, jax.lax.stop_gradient(cross)
 
 
 def _buffer(weights: Weights, b: types.Array, below: int, dtype) -> jax.Array:
@@ -60,31 +74,40 @@ def _buffer(weights: Weights, b: types.Array, below: int, dtype) -> jax.Array:
   return jnp.concatenate([jnp.concatenate(whole, axis=1), b])
 
 
-def _low(x: types.Array, a: types.Array, below: int):
+def _low(x: types.Array, tall: types.Array):
   """x beside x A, `[..., i + below]`, and x A, `[..., below]`."""
-  i, r = a.shape
+  i, below = x.shape[-1], tall.shape[-1]
   # Zeros first, so that what makes x writes here, and x A is put in place: no
   # copy of x. Without the barrier XLA makes it a concatenation.
   wide = jax.lax.optimization_barrier(
       jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, below),)))
-  tall = jnp.pad(a.astype(x.dtype), ((0, below), (0, below - r)))
   low = ad_checkpoint.checkpoint_name(wide @ tall, "low")
   return jax.lax.dynamic_update_slice_in_dim(wide, low, i, axis=-1), low
 
 
-@jax.custom_vjp
-def _joint(x, weights, a, b):
-  return _forward(x, weights, a, b)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _joint(crosses, x, weights, a, b):
+  return _forward(crosses, x, weights, a, b)[0]
 
 
-def _forward(x, weights, a, b):
-  below = -(-a.shape[1] // MULTIPLE) * MULTIPLE
-  wide, low = _low(x, a, below)
-  return wide @ _buffer(weights, b, below, x.dtype), (x, low, weights, a, b)
+def _forward(crosses, x, weights, a, b):
+  r = a.shape[1]
+  below = -(-r // MULTIPLE) * MULTIPLE
+  # A, and zeros where B and the columns of its padding are.
+  tall = jnp.pad(a.astype(x.dtype), ((0, below), (0, below - r)))
+  wide, low = _low(x, tall)
+  buffer = _buffer(weights, b, below, x.dtype)
+  cross = None
+  if crosses:
+    cross = jnp.matmul(
+        tall.T, buffer, preferred_element_type=jnp.float32)[:r]
+  return (wide @ buffer, cross), (x, low, weights, a, b)
 
 
-def _backward(residuals, g):
+def _backward(crosses, residuals, cotangents):
+  del crosses
   x, low, weights, a, b = residuals
+  g, _ = cotangents
   # See `linear`.
   weights, g = jax.lax.optimization_barrier((weights, g))
   i, r = a.shape
