@@ -3,7 +3,9 @@
 from lora_jax.adapters import starts
 from lora_jax.adapters.base import Adapter
 from lora_jax.adapters.base import Adapters
+from lora_jax.adapters.base import beside
 from lora_jax.adapters.base import join
+from lora_jax.adapters.base import keeps_sum
 from lora_jax.adapters.base import Noise
 from lora_jax.adapters.base import prepared
 from lora_jax.adapters.base import project
@@ -15,7 +17,7 @@ from lora_jax.adapters.registry import build
 from lora_jax.adapters.registry import METHODS
 
 __all__ = [
-    "METHODS", "Adapter", "AdapterConfig", "Adapters", "Noise", "build",
-    "join", "prepared", "project", "project_all", "split",
+    "METHODS", "Adapter", "AdapterConfig", "Adapters", "Noise", "beside",
+    "build", "join", "keeps_sum", "prepared", "project", "project_all", "split",
     "starts", "trainable_size",
 ]

@@ -15,7 +15,7 @@ Nothing is intercepted: every projection of a model is one call
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any, ClassVar
@@ -52,6 +52,9 @@ def up(*axes: str | None, **options) -> Any:
 # Groups of parameters whose learning rate LoRA+ (arXiv 2402.12354) changes:
 # what starts at zero, and the adapters of embeddings.
 RATE_GROUPS = ("up", "embedding")
+# What `jax.checkpoint` policies know by name: products that a method has yet
+# to finish, and norms of their columns.
+PRODUCT, NORMS = "product", "norms"
 
 
 @struct.dataclass
@@ -111,6 +114,10 @@ class Adapter:
   peft_type: ClassVar[str | None] = None
   # Whether a head that is tied to an adapted embedding follows it.
   follows_tie: ClassVar[bool] = False
+  # Frozen fields that the weight alone determines; see `beside`.
+  constants: ClassVar[Mapping[str, Callable]] = {}
+  # Whether `finish` does something, and its gradient reads the sum.
+  finishes: ClassVar[bool] = False
 
   def apply(
       self, x: types.Array, weight: types.Tree, noise: Noise | None = None
@@ -125,9 +132,23 @@ class Adapter:
     that the sum can be one product; None for others."""
     return None
 
-  def finish(self, y: types.Array, weight: types.Tree) -> types.Array:
-    """What such a method makes of the sum, `[..., o]`."""
-    del weight
+  @property
+  def reads_cross(self) -> bool:
+    """Whether `finish` has a use for A^T W."""
+    return False
+
+  def finish(
+      self, y: types.Array, weight: types.Tree,
+      cross: types.Array | None = None,
+  ) -> types.Array:
+    """What such a method makes of the sum, `[..., o]`.
+
+    Args:
+      y: `[..., o]`.
+      weight: `[i, o]`.
+      cross: A^T W `[r, o]` float32, if it `reads_cross`.
+    """
+    del weight, cross
     return y
 
   def prepared(self, weight: types.Tree) -> Adapter:
@@ -253,18 +274,37 @@ def project_all(
       if factors is not None:
         joined.append((k, adapter, *factors))
   if joined:
-    y = _named(quant.joint_matmul(
+    operands = (
         x, [weights[k] for k, *_ in joined],
         jnp.concatenate([a for *_, a, _ in joined], axis=1),
-        jax.scipy.linalg.block_diag(*[b for *_, b in joined])), name)
-    cuts = np.cumsum([b.shape[1] for *_, b in joined])
-    parts = jnp.split(y, cuts[:-1], axis=-1)
-    for (k, adapter, *_), part in zip(joined, parts, strict=True):
-      found[k] = adapter.finish(part, weights[k])
+        jax.scipy.linalg.block_diag(*[b for *_, b in joined]))
+    cross = None
+    if any(adapter.reads_cross for _, adapter, *_ in joined):
+      y, cross = quant.joint_matmul_and_cross(*operands)
+    else:
+      y = quant.joint_matmul(*operands)
+    finishes = any(adapter.finishes for _, adapter, *_ in joined)
+    y = _named(y, name or (PRODUCT if finishes else None))
+    rows, columns = (
+        np.cumsum([b.shape[axis] for *_, b in joined]) for axis in (0, 1))
+    parts = jnp.split(y, columns[:-1], axis=-1)
+    for (k, adapter, _, b), part, row, column in zip(
+        joined, parts, rows, columns, strict=True):
+      r, o = b.shape
+      mine = None if cross is None else (
+          cross[row - r : row, column - o : column])
+      found[k] = adapter.finish(part, weights[k], mine)
   for k, one in enumerate(zip(weights, adapters, noise, strict=True)):
     if k not in found:
-      found[k] = _named(project(x, *one), name)
+      found[k] = _named(
+          project(x, *one), None if keeps_sum(*one[1:]) else name)
   return [found[k] for k in range(len(weights))]
+
+
+def keeps_sum(adapter: Adapter | None, noise: Noise | None) -> bool:
+  """Whether the backward pass keeps a sum that the adapted product is made of
+  element by element, so that it need not keep the product, too."""
+  return adapter is not None and adapter.finishes and noise is None
 
 
 def _named(y: types.Array, name: str | None) -> types.Array:
@@ -317,6 +357,47 @@ def join(trainable: types.Tree, frozen_part: types.Tree) -> types.Tree:
   return trees.combine(trainable, frozen_part)
 
 
+def beside(adapters: Adapters, tree: types.Tree) -> Adapters:
+  """Adapters that know the constants of the weights which they stand beside.
+
+  Whoever makes adapters for a base, or changes the base below them, ends with
+  this.
+
+  Args:
+    adapters: whole tree.
+    tree: the base; see `prepared`.
+  """
+
+  def known(adapter, weight, stacked):
+    if not adapter.constants:
+      return adapter
+    return dataclasses.replace(adapter, **_constants(
+        weight, functions=tuple(adapter.constants.items()), stacked=stacked))
+
+  weights = _outer_weights(tree)
+  return dataclasses.replace(
+      adapters,
+      layers={name: known(adapter, tree.layers[name].weight, True)
+              for name, adapter in adapters.layers.items()},
+      outer={name: known(adapter, weights[name], False)
+             for name, adapter in adapters.outer.items()})
+
+
+@functools.partial(jax.jit, static_argnames=("functions", "stacked"))
+def _constants(weight, *, functions, stacked):
+  def one(w):
+    w = host_lib.on_device(w)
+    return {name: function(w) for name, function in functions}
+
+  # One layer at a time: a dequantised stack would not fit beside the base.
+  return jax.lax.map(one, weight) if stacked else one(weight)
+
+
+def _outer_weights(tree):
+  return {"embed_tokens": tree.embed_tokens,
+          "lm_head": tree.lm_head and tree.lm_head.weight}
+
+
 @functools.partial(jax.jit, static_argnames="dtype")
 def prepared(
     adapters: Adapters, tree: types.Tree, dtype: Any = jnp.float32
@@ -337,8 +418,7 @@ def prepared(
               host_lib.on_device(pair[1])).narrowed(dtype),
           (adapter, tree.layers[name].weight))
       for name, adapter in adapters.layers.items()}
-  weights = {"embed_tokens": tree.embed_tokens,
-             "lm_head": tree.lm_head and tree.lm_head.weight}
+  weights = _outer_weights(tree)
   outer = {name: adapter.prepared(weights[name])
            for name, adapter in adapters.outer.items()}
   return dataclasses.replace(adapters, layers=layers, outer=outer)

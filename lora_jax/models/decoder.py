@@ -156,7 +156,9 @@ def layer(
   q = rope.rotate(heads(q, "q_norm"), cos, sin)
   k = rope.rotate(heads(k, "k_norm"), cos, sin)
   v = heads(v, None)
-  q, k, v = _name(q, "q"), _name(k, "k"), _name(v, "v")
+  q, k, v = (
+      x if adapters_lib.keeps_sum(adapters.get(f"{name}_proj"), noise)
+      else _name(x, name) for name, x in (("q", q), ("k", k), ("v", v)))
   where = (context.q_positions, context.kv_positions, context.q_segments,
            context.kv_segments, window)
   how: dict[str, Any] = dict(
