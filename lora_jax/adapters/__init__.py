@@ -12,6 +12,7 @@ from lora_jax.adapters.base import project
 from lora_jax.adapters.base import project_all
 from lora_jax.adapters.base import split
 from lora_jax.adapters.base import trainable_size
+from lora_jax.adapters.base import without_constants
 from lora_jax.adapters.config import AdapterConfig
 from lora_jax.adapters.registry import build
 from lora_jax.adapters.registry import METHODS
@@ -19,5 +20,5 @@ from lora_jax.adapters.registry import METHODS
 __all__ = [
     "METHODS", "Adapter", "AdapterConfig", "Adapters", "Noise", "beside",
     "build", "join", "keeps_sum", "prepared", "project", "project_all", "split",
-    "starts", "trainable_size",
+    "starts", "trainable_size", "without_constants",
 ]

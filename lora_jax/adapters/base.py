@@ -383,6 +383,11 @@ def beside(adapters: Adapters, tree: types.Tree) -> Adapters:
              for name, adapter in adapters.outer.items()})
 
 
+def without_constants(adapter: Adapter) -> Adapter:
+  """An adapter that asks its weight instead; see `beside`."""
+  return dataclasses.replace(adapter, **dict.fromkeys(adapter.constants))
+
+
 @functools.partial(jax.jit, static_argnames=("functions", "stacked"))
 def _constants(weight, *, functions, stacked):
   def one(w):

@@ -266,6 +266,11 @@ def forward(
     weights = sharding.housed(mesh, sharding.gathered(mesh, weights, dtype))
     weights = fp8.marked(weights, frozen_matmul, trained)
     layer_adapters = sharding.gathered(mesh, layer_adapters)
+    if sharding.gathers(mesh):
+      # The joint buffer would be cut as the norms of its columns are, and
+      # gathered again, in floats.
+      layer_adapters = {name: adapters_lib.without_constants(one)
+                        for name, one in layer_adapters.items()}
     hidden, new = layer(
         config, context, hidden, weights, layer_adapters, draw, window, cached)
     return sharding.rows(mesh, hidden), keep(new)
