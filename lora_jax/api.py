@@ -191,7 +191,7 @@ class Model:
     base = self.base
     if config.start().decompose is not None:
       base, tree = self._replaced(loaded, tree)
-    found = self._with(base, tree, config, text)
+    found = self._with(base, adapters_lib.beside(tree, base), config, text)
     if loaded.replaced not in (None, found.replaced):
       raise errors.UserError(
           f"{folder}: the adapter was trained beside base weights with digest "

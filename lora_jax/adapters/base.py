@@ -15,7 +15,7 @@ Nothing is intercepted: every projection of a model is one call
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any, ClassVar
@@ -51,6 +51,9 @@ def up(*axes: str | None, **options) -> Any:
 # Groups of parameters whose learning rate LoRA+ (arXiv 2402.12354) changes:
 # what starts at zero, and the adapters of embeddings.
 RATE_GROUPS = ("up", "embedding")
+# What `jax.checkpoint` policies know by name: products that a method has yet
+# to finish, and norms of their columns.
+PRODUCT, NORMS = "product", "norms"
 
 
 @struct.dataclass
@@ -110,6 +113,10 @@ class Adapter:
   peft_type: ClassVar[str | None] = None
   # Whether a head that is tied to an adapted embedding follows it.
   follows_tie: ClassVar[bool] = False
+  # Frozen fields that the weight alone determines; see `beside`.
+  constants: ClassVar[Mapping[str, Callable]] = {}
+  # Whether `finish` does something, and its gradient reads the sum.
+  finishes: ClassVar[bool] = False
 
   def apply(
       self, x: types.Array, weight: types.Tree, noise: Noise | None = None
@@ -119,14 +126,33 @@ class Adapter:
   def merge(self, weight: types.Tree) -> types.Array:
     raise TypeError(f"{type(self).__name__} cannot be merged")
 
+  def down_up(self, x: types.Array) -> types.Array:
+    """x A B `[..., o]` in x's dtype, of one that has `factors`."""
+    raise TypeError(f"{type(self).__name__} adds no product")
+
   def factors(self) -> tuple[types.Array, types.Array] | None:
     """(A `[i, r]`, B `[r, o]`) float32 of a method that adds x A B to x W, so
     that the sum can be one product; None for others."""
     return None
 
-  def finish(self, y: types.Array, weight: types.Tree) -> types.Array:
-    """What such a method makes of the sum, `[..., o]`."""
-    del weight
+  @property
+  def reads_cross(self) -> bool:
+    """Whether `finish` has a use for A^T W."""
+    return False
+
+  def finish(
+      self, y: types.Array, weight: types.Tree,
+      cross: types.Array | None = None, keep: keep_lib.Keep = keep_lib.named,
+  ) -> types.Array:
+    """What such a method makes of the sum, `[..., o]`.
+
+    Args:
+      y: `[..., o]`.
+      weight: `[i, o]`.
+      cross: A^T W `[r, o]` float32, if it `reads_cross`.
+      keep: is given what else than y the gradient reads.
+    """
+    del weight, cross, keep
     return y
 
   def prepared(self, weight: types.Tree) -> Adapter:
@@ -238,28 +264,45 @@ def project_all(
     weights, adapters, noise: of each projection.
     join: whether low-rank products may be part of the frozen ones, where a
       method has `factors`: they then cost next to nothing.
-    keep: is given x A, "low", where they are.
+    keep: is given x A, "low", where they are, and what a method's gradient
+      reads.
 
   Returns:
     A `[..., o]` for each.
   """
   found: dict[int, types.Array] = {}
   joined = []
+
+  def finished(k, y, cross=None):
+    if adapters[k].finishes:
+      y = keep(PRODUCT, y)
+    return adapters[k].finish(y, weights[k], cross, keep)
+
   for k, (adapter, draw) in enumerate(zip(adapters, noise, strict=True)):
     if join and adapter is not None and draw is None:
       factors = adapter.factors()
       if factors is not None:
         joined.append((k, adapter, factors))
   if joined:
-    products = quant.joint_matmul(
+    pairs = quant.joint_matmul(
         x, [weights[k] for k, *_ in joined], [pair for *_, pair in joined],
-        keep)
-    for (k, adapter, _), y in zip(joined, products, strict=True):
-      found[k] = adapter.finish(y, weights[k])
+        keep, any(adapter.reads_cross for _, adapter, _ in joined))
+    for (k, adapter, _), (y, cross) in zip(joined, pairs, strict=True):
+      found[k] = finished(k, y, cross)
   for k, one in enumerate(zip(weights, adapters, noise, strict=True)):
-    if k not in found:
-      found[k] = project(x, *one)
+    weight, adapter, draw = one
+    if k in found:
+      continue
+    found[k] = (
+        finished(k, quant.matmul(x, weight) + adapter.down_up(x))
+        if keeps_sum(adapter, draw) else project(x, *one))
   return [found[k] for k in range(len(weights))]
+
+
+def keeps_sum(adapter: Adapter | None, noise: Noise | None) -> bool:
+  """Whether the backward pass keeps a sum that the adapted product is made of
+  element by element, so that it need not keep the product, too."""
+  return adapter is not None and adapter.finishes and noise is None
 
 
 def with_rate(adapters: types.Tree, rate: float) -> types.Tree:
@@ -316,6 +359,52 @@ def join(trainable: types.Tree, frozen_part: types.Tree) -> types.Tree:
   return trees.combine(trainable, frozen_part)
 
 
+def beside(adapters: Adapters, tree: types.Tree) -> Adapters:
+  """Adapters that know the constants of the weights which they stand beside.
+
+  Whoever makes adapters for a base, or changes the base below them, ends with
+  this.
+
+  Args:
+    adapters: whole tree.
+    tree: the base; see `prepared`.
+  """
+
+  def known(adapter, weight, stacked):
+    if not adapter.constants:
+      return adapter
+    return dataclasses.replace(adapter, **_constants(
+        weight, functions=tuple(adapter.constants.items()), stacked=stacked))
+
+  weights = _outer_weights(tree)
+  return dataclasses.replace(
+      adapters,
+      layers={name: known(adapter, tree.layers[name].weight, True)
+              for name, adapter in adapters.layers.items()},
+      outer={name: known(adapter, weights[name], False)
+             for name, adapter in adapters.outer.items()})
+
+
+def without_constants(adapter: Adapter) -> Adapter:
+  """An adapter that asks its weight instead; see `beside`."""
+  return dataclasses.replace(adapter, **dict.fromkeys(adapter.constants))
+
+
+@functools.partial(jax.jit, static_argnames=("functions", "stacked"))
+def _constants(weight, *, functions, stacked):
+  def one(w):
+    w = host_lib.on_device(w)
+    return {name: function(w) for name, function in functions}
+
+  # One layer at a time: a dequantised stack would not fit beside the base.
+  return jax.lax.map(one, weight) if stacked else one(weight)
+
+
+def _outer_weights(tree):
+  return {"embed_tokens": tree.embed_tokens,
+          "lm_head": tree.lm_head and tree.lm_head.weight}
+
+
 @functools.partial(jax.jit, static_argnames="dtype")
 def prepared(
     adapters: Adapters, tree: types.Tree, dtype: Any = jnp.float32
@@ -336,8 +425,7 @@ def prepared(
               host_lib.on_device(pair[1])).narrowed(dtype),
           (adapter, tree.layers[name].weight))
       for name, adapter in adapters.layers.items()}
-  weights = {"embed_tokens": tree.embed_tokens,
-             "lm_head": tree.lm_head and tree.lm_head.weight}
+  weights = _outer_weights(tree)
   outer = {name: adapter.prepared(weights[name])
            for name, adapter in adapters.outer.items()}
   return dataclasses.replace(adapters, layers=layers, outer=outer)

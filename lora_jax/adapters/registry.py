@@ -202,9 +202,9 @@ def build(
   indices = config.trainable_token_indices
   assert not isinstance(indices, str)  # Whoever knows the tokens gives ids.
   outer |= tokens.build(tree, indices, [*outer, *config.modules_to_save])
-  return tree, base.Adapters(
+  return tree, base.beside(base.Adapters(
       layers=layers, outer=outer, overrides=saved.overrides(
-          tree, config.modules_to_save, placements))
+          tree, config.modules_to_save, placements)), tree)
 
 
 def _head(tree):

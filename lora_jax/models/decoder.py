@@ -138,6 +138,12 @@ def layer(
         [None if noise is None else noise.for_target(name) for name in names],
         context.join, keep)
 
+  def kept(name, y, keep=keep):
+    """An output of `name`_proj, unless what it is made of is kept."""
+    if adapters_lib.keeps_sum(adapters.get(f"{name}_proj"), noise):
+      return y
+    return keep(name, y)
+
   def norm(x, name):
     return layers_lib.rms_norm(
         x, weights[name], config.norm_eps, config.norm_offset,
@@ -157,7 +163,7 @@ def layer(
   q = rope.rotate(heads(q, "q_norm"), cos, sin)
   k = rope.rotate(heads(k, "k_norm"), cos, sin)
   v = heads(v, None)
-  q, k, v = keep("q", q), keep("k", k), keep("v", v)
+  q, k, v = kept("q", q), kept("k", k), kept("v", v)
   where = (context.q_positions, context.kv_positions, context.q_segments,
            context.kv_segments, window)
   how: dict[str, Any] = dict(
@@ -175,8 +181,8 @@ def layer(
            else "post_attention_layernorm")
 
   def mlp(keep, x, noise):
-    gate, up = keep("gate_up", tuple(project(
-        x, "gate_proj", "up_proj", noise=noise, keep=keep)))
+    gate, up = project(x, "gate_proj", "up_proj", noise=noise, keep=keep)
+    gate, up = kept("gate", gate, keep), kept("up", up, keep)
     activate = layers_lib.ACTIVATIONS[config.activation]
     out, = project(activate(gate) * up, "down_proj", noise=noise, keep=keep)
     return out
@@ -265,6 +271,11 @@ def forward(
     weights = sharding.housed(mesh, sharding.gathered(mesh, weights, dtype))
     weights = fp8.marked(weights, frozen_matmul, trained)
     layer_adapters = sharding.gathered(mesh, layer_adapters)
+    if sharding.gathers(mesh):
+      # The joint buffer would be cut as the norms of its columns are, and
+      # gathered again, in floats.
+      layer_adapters = {name: adapters_lib.without_constants(one)
+                        for name, one in layer_adapters.items()}
     hidden, new = layer(
         config, context, hidden, weights, layer_adapters, draw, window, cached,
         keep)

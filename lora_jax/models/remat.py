@@ -16,11 +16,14 @@ from typing import Any
 
 import jax
 
+from lora_jax.adapters import base as base_lib
+
 # q, k (after RoPE), v, o: attention output; mid: residual stream after
-# attention; gate_up: MLP pre-activations; o_out, down_out: outputs of o_proj
-# and down_proj, where a norm reads them; low: x A of joined products.
-NAMES = ("q", "k", "v", "o", "mid", "gate_up", "o_out", "down_out",
-         "low")
+# attention; gate, up: in the MLP; o_out, down_out: outputs of o_proj
+# and down_proj, where a norm reads them; low: x A of joined products; PRODUCT
+# and NORMS: the sums that DoRA scales, in place of q, k and v, and c.
+NAMES = ("q", "k", "v", "o", "mid", "gate", "up", "o_out", "down_out",
+         "low", base_lib.PRODUCT, base_lib.NORMS)
 # Weights that are on the device, or whole, only while they are used.
 USED = "used"
 

@@ -12,6 +12,7 @@ from lora_jax.quant.base import QuantizedArray
 from lora_jax.quant.base import QuantSpec
 from lora_jax.quant.base import WHOLE
 from lora_jax.quant.joint import matmul as joint_matmul
+from lora_jax.quant.linear import cross
 from lora_jax.quant.linear import matmul
 from lora_jax.quant.registry import bits_per_parameter
 from lora_jax.quant.registry import check
@@ -27,6 +28,7 @@ __all__ = [
     "QuantizedArray",
     "bits_per_parameter",
     "check",
+    "cross",
     "dequantize",
     "joint_matmul",
     "matmul",

@@ -10,7 +10,8 @@ weight, in its buffer, and x A beside x:
 
 so that the frozen product, some columns wider, computes both. Projections that
 read the same x share `[x  x A]`, A being theirs side by side: B_k has zero rows
-for those of the others.
+for those of the others. Whoever needs A^T W (DoRA's norms) gets it of the same
+buffer, which is read once more.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def matmul(
     weights: Sequence[types.Array | base.QuantizedArray],
     factors: Sequence[tuple[types.Array, types.Array]],
     keep: Callable[[str, Any], Any] = lambda name, value: value,
-) -> list[jax.Array]:
+    crosses: bool = False,
+) -> list[tuple[jax.Array, jax.Array | None]]:
   """`x W_k + (x A_k) B_k` of each k, `[..., o_k]` in `x.dtype`.
 
   Weights are frozen: they have no gradient, and the backward pass dequantises
@@ -47,20 +49,33 @@ def matmul(
     weights: `[i, o_k]`, arrays or quantised.
     factors: (A_k `[i, r_k]`, B_k `[r_k, o_k]`), float32.
     keep: is given "low" and x A, and gives it back; see `models.tape`.
+    crosses: whether to compute A_k^T W_k `[r_k, o_k]` float32 as well, without
+      a gradient. Its operands are rounded to `x.dtype`, its sums are not.
+
+  Returns:
+    (product, A_k^T W_k or None) of each.
   """
   ranks = [a.shape[1] for a, _ in factors]
   below = -(-sum(ranks) // MULTIPLE) * MULTIPLE
-  wide, low = _low(x, jnp.concatenate([a for a, _ in factors], 1), below)
+  a = jnp.concatenate([a for a, _ in factors], axis=1)
+  wide, low = _low(x, a, below)
   starts = np.cumsum([0, *ranks[:-1]]).tolist()
-  return list(_joint(
+  tall = jax.lax.stop_gradient(_tall(a, below, x.dtype)) if crosses else None
+  products, found = _joint(
       tuple(starts), wide, keep("low", low), tuple(weights),
-      tuple(b for _, b in factors)))
+      tuple(b for _, b in factors), tall)
+  return list(zip(products, found, strict=True))
 
 
 def _outer(left: jax.Array, right: jax.Array) -> jax.Array:
   """`left^T right` `[i, o]` float32, a sum over tokens."""
   return jnp.einsum(
       "...i,...o->io", left, right, preferred_element_type=jnp.float32)
+
+
+def _tall(a, below, dtype) -> jax.Array:
+  """A `[i + below, below]`, zero where B and the columns of padding are."""
+  return jnp.pad(a.astype(dtype), ((0, below), (0, below - a.shape[1])))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -70,11 +85,9 @@ def _low(x, a, below):
   Zeros first, so that what makes x writes here and x A is put in place: no
   copy of x. Without the barrier XLA makes it a concatenation.
   """
-  r = a.shape[1]
   wide = jax.lax.optimization_barrier(
       jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, below),)))
-  tall = jnp.pad(a.astype(x.dtype), ((0, below), (0, below - r)))
-  return wide, wide @ tall
+  return wide, wide @ _tall(a, below, x.dtype)
 
 
 def _low_forward(x, a, below):
@@ -105,21 +118,27 @@ def _buffer(weight, b, start, below, dtype) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _joint(starts, wide, low, weights, factors):
+def _joint(starts, wide, low, weights, factors, tall):
   below = low.shape[-1]
   wide = jax.lax.dynamic_update_slice_in_dim(
       wide, low, wide.shape[-1] - below, axis=-1)
-  return tuple(
-      wide @ _buffer(weight, b, start, below, wide.dtype)
-      for start, weight, b in zip(starts, weights, factors, strict=True))
+  products, crosses = [], []
+  for start, weight, b in zip(starts, weights, factors, strict=True):
+    buffer = _buffer(weight, b, start, below, wide.dtype)
+    products.append(wide @ buffer)
+    crosses.append(None if tall is None else jnp.matmul(
+        tall.T, buffer, preferred_element_type=jnp.float32)[
+            start : start + b.shape[0]])
+  return tuple(products), tuple(crosses)
 
 
-def _forward(starts, wide, low, weights, factors):
-  return _joint(starts, wide, low, weights, factors), (low, weights, factors)
+def _forward(starts, wide, low, weights, factors, tall):
+  return (_joint(starts, wide, low, weights, factors, tall),
+          (low, weights, factors))
 
 
-def _backward(starts, residuals, g):
-  low, weights, factors = residuals
+def _backward(starts, residuals, cotangents):
+  (low, weights, factors), (g, _) = residuals, cotangents
   below = low.shape[-1]
 
   def back(start, weight, b, one):
@@ -131,7 +150,7 @@ def _backward(starts, residuals, g):
   d_low = d_wide[..., -below:]
   return d_wide, d_low, None, tuple(
       _outer(low[..., start : start + b.shape[0]], one)
-      for start, b, one in zip(starts, factors, g, strict=True))
+      for start, b, one in zip(starts, factors, g, strict=True)), None
 
 
 _joint.defvjp(_forward, _backward)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 from lora_jax import types
 from lora_jax.quant import base
 from lora_jax.quant import fp8
+from lora_jax.quant import registry
 
 
 def matmul(
@@ -24,6 +28,21 @@ def matmul(
   if isinstance(w, base.QuantizedArray):
     return _frozen_matmul(x, w)
   return x @ w.astype(x.dtype)
+
+
+def cross(
+    a: types.Array,
+    w: types.Array | base.QuantizedArray | fp8.InFloat8,
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+  """`a [i, r]` transposed times `w [i, o]`, `[r, o]` float32.
+
+  The operands are rounded to `dtype`, the sums are not; there is no gradient.
+  """
+  a, w = jax.lax.stop_gradient((a, w))
+  return jnp.matmul(
+      a.T.astype(dtype), registry.dequantize(w, dtype), precision="highest",
+      preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp

@@ -34,7 +34,7 @@ def toy(policy, spill, key):
 
   def body(shared, h, xs, keep):
     number, weights, a = xs
-    up = keep("gate_up", h @ weights["w"])
+    up = keep("up", h @ weights["w"])
     h = h + jnp.tanh(up) @ weights["v"] + h @ a * number + shared["shift"]
     return h, h.sum()
 
