@@ -104,10 +104,10 @@ def matmul(
         *[plgpu.RefType()] * len(refs), *[plgpu.Layout.WG_SPLAT] * 3))
     def run(ctx, *args):
       del ctx
-      found = dict(zip([*arrays, *shared], args[:-3], strict=True))
+      # Apart: an array and its copy in shared memory may have one name.
       thread = thread_lib.Thread(
-          {name: found[name] for name in arrays},
-          {name: found[name] for name in shared},
+          dict(zip(arrays, args[:len(arrays)], strict=True)),
+          dict(zip(shared, args[len(arrays):-3], strict=True)),
           {name: index.registers.item() for name, index in zip(
               ("layer", "tile", "split"), args[-3:], strict=True)})
       for who in body(thread):
