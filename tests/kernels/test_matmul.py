@@ -201,11 +201,18 @@ def test_permutations_are_a_table(terms):
 
 
 def test_plans():
-  """132 multiprocessors, and no more blocks than a cluster has."""
-  narrow = matmul_gpu.plan_for(1, 4096, 4096, 2)
-  wide = matmul_gpu.plan_for(1, 8192, 28672, 2)
-  assert (narrow.width, narrow.splits, wide.splits) == (16, 8, 2)
-  assert matmul_gpu.plan_for(16, 4096, 4096, 2).width == 8
+  """One wave on 132 multiprocessors, and 2 MB of codes on their way."""
+  for ins, columns, splits in [
+      (4096, 4096, 8), (4096, 11008, 2), (14336, 4096, 8), (8192, 28672, 1)]:
+    for rows in (1, 16):
+      plan = matmul_gpu.plan_for(rows, ins, columns, 2)
+      assert plan == Plan(16, splits)
+      blocks = columns // 128 * splits
+      assert blocks <= 264 and blocks * 4 * 32 * 128 >= 2e6
+  assert matmul_gpu.plan_for(17, 4096, 4096, 2) == Plan(8, 4)
+  # More blocks than fit anyway; two chunks a warp; few columns.
+  assert matmul_gpu.plan_for(1, 4096, 131072, 2) == Plan(16, 1)
+  assert matmul_gpu.plan_for(1, 1024, 1024, 1) == Plan(16, 2, terms=1)
   assert matmul_gpu.plan_for(1, 256, 64, 1) == Plan(8, 1, terms=1)
 
 
