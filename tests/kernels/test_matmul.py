@@ -91,6 +91,8 @@ BF16, F16 = 2.0**-8, 2.0**-11
     ("nf4", 32, 128, 64, 64, "bfloat16", Plan(8, 1, decode="prmt"), BF16),
     ("nf4", 17, 128, 64, 64, "float16", Plan(8, 1, terms=1, ahead=3), F16),
     ("int4", 16, 192, 128, 192, "float16", Plan(16, 2), 0),
+    # The default of two groups of x, three chunks a warp.
+    ("nf4", 11, 640, 128, 64, "bfloat16", Plan(16, 1), BF16**2),
 ])
 def test_instructions(name, rows, ins, columns, block, dtype, plan, error):
   layers = 2 if name == "int4" else 1
