@@ -112,6 +112,12 @@ class Body:
     return -(-self.rows // 8)
 
   @property
+  def late(self) -> bool:
+    """Whether `x` is loaded when it is needed: it is in the cache, and no
+    registers are left for that of the chunks ahead (255 a thread)."""
+    return self.groups > 1 or self.nested
+
+  @property
   def span(self) -> int:
     """Columns of a warp."""
     return 8 * self.plan.width
@@ -182,6 +188,9 @@ class Body:
 
     def step(chunk, carry):
       now, later = carry[sums:][:size], carry[sums + size:]
+      if self.late:
+        codes = 2 * plan.width
+        now[codes:codes] = self._load_x(op, chunk, 1, group, quarter)
       far = self._load(op, op.add(chunk, WARPS * plan.ahead), stop, column,
                        group, quarter)
       op.order()
@@ -196,24 +205,18 @@ class Body:
     yield from self._finish(op, thread, tile, split, out_size)
 
   def _load(self, op, chunk, stop, column, group, quarter) -> list:
-    """A chunk's registers, zeros past the end: 8 byte rows of a lane's
-    columns, its 16 elements of each group of `x`, the columns' statistics."""
-    plan, per = self.plan, self.block_size // (2 * CHUNK)
+    """A chunk's registers, anything past the end: 8 byte rows of a lane's
+    columns, `x` unless that is `late`, the columns' statistics."""
+    plan = self.plan
     there = op.less(chunk, stop)
-    row = op.add(op.mul(chunk, CHUNK), op.mul(quarter, 8))
+    block, row = self._place(op, chunk, quarter)
     at = op.add(op.mul(row, self.columns), column)
     found = []
     for n in range(8):
       found += self._words(op, "codes", op.add(at, n * self.columns),
                            plan.width // 4, there, True)
-    block = op.divide(chunk, per)
-    # Low nibbles are a chunk of the block's first half, high ones of the other.
-    within = op.add(row, op.mul(block, self.block_size // 2))
-    for n in range(self.groups):
-      of = op.minimum(op.add(group, 8 * n), self.rows - 1)
-      at = op.left(op.add(op.mul(of, self.in_features), within), 1)
-      for half in (0, self.block_size):  # Half a block of two bytes each.
-        found += self._words(op, "x", op.add(at, half), 4, there)
+    if not self.late:
+      found += self._load_x(op, chunk, there, group, quarter)
     at = op.add(op.mul(block, self.columns), column)
     if self.nested:
       found += self._words(op, "scales", at, plan.width // 4, there)
@@ -224,6 +227,24 @@ class Body:
       return found
     for name in self.statistics:
       found += self._words(op, name, op.left(at, 2), plan.width, there)
+    return found
+
+  def _place(self, op, chunk, quarter) -> tuple[Any, Any]:
+    """The block of a chunk and a lane's first byte row."""
+    row = op.add(op.mul(chunk, CHUNK), op.mul(quarter, 8))
+    return op.divide(chunk, self.block_size // (2 * CHUNK)), row
+
+  def _load_x(self, op, chunk, there, group, quarter) -> list:
+    """A lane's 16 elements of each group of `x`."""
+    block, row = self._place(op, chunk, quarter)
+    # Low nibbles are a chunk of the block's first half, high ones of the other.
+    within = op.add(row, op.mul(block, self.block_size // 2))
+    found = []
+    for n in range(self.groups):
+      of = op.minimum(op.add(group, 8 * n), self.rows - 1)
+      at = op.left(op.add(op.mul(of, self.in_features), within), 1)
+      for half in (0, self.block_size):  # Half a block of two bytes each.
+        found += self._words(op, "x", op.add(at, half), 4, there)
     return found
 
   def _words(self, op, name, at, words, there, once=False) -> list:

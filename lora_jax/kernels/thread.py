@@ -49,6 +49,9 @@ class Thread:
 
   def _address(self, ref: ir.Value) -> ir.Value:
     pointer = mgpu.utils.memref_ptr(ref)
+    # A pointer to shared memory would compile, to an address of anything.
+    if llvm.PointerType(pointer.type).address_space not in (0, _GLOBAL):
+      raise ValueError(f"not in device memory: {ref.type}")
     there = llvm.PointerType.get(_GLOBAL)
     return llvm.ptrtoint(self._i64, llvm.addrspacecast(there, pointer))
 

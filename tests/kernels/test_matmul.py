@@ -20,6 +20,7 @@ from lora_jax.kernels import dequantise
 from lora_jax.kernels import matmul
 from lora_jax.kernels import matmul_gpu
 from lora_jax.kernels import matmul_warps
+from lora_jax.kernels import thread
 from lora_jax.quant import dynamic
 from tests.kernels import test_dequantise as one
 from tests.kernels import warps
@@ -90,6 +91,8 @@ BF16, F16 = 2.0**-8, 2.0**-11
     ("nf4", 32, 128, 64, 64, "bfloat16", Plan(8, 1, decode="prmt"), BF16),
     ("nf4", 17, 128, 64, 64, "float16", Plan(8, 1, terms=1, ahead=3), F16),
     ("int4", 16, 192, 128, 192, "float16", Plan(16, 2), 0),
+    # The default of two groups of x, three chunks a warp.
+    ("nf4", 11, 640, 128, 64, "bfloat16", Plan(16, 1), BF16**2),
 ])
 def test_instructions(name, rows, ins, columns, block, dtype, plan, error):
   layers = 2 if name == "int4" else 1
@@ -120,6 +123,48 @@ def test_nested_scales_are_decoded_in_the_kernel():
   w = np.asarray(stack.dequantize())
   assert stack.scales.nested_absmax.shape == (2, 5)
   check(got, x, w, BF16**2, nans=0)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_kernel_is_given_the_memory_it_names(monkeypatch, nested):
+  """As the emulator is: arrays in device memory, the others in a block's.
+
+  Lowered as for a GPU, which needs none.
+  """
+  seen = []
+  real = thread.Thread
+
+  class Recorded(real):
+
+    def __init__(self, arrays, shared, indices):
+      seen.extend({name: str(ref.type) for name, ref in each.items()}
+                  for each in (arrays, shared))
+      super().__init__(arrays, shared, indices)
+      with pytest.raises(ValueError, match="not in device memory"):
+        real(shared, {}, indices)
+
+  monkeypatch.setattr(thread, "Thread", Recorded)
+  like = jax.ShapeDtypeStruct
+  scales = ([like((2, 3, 400), jnp.uint8), like((2, 5), jnp.float32),
+             like((2,), jnp.float32), like((256,), jnp.float32)]
+            if nested else [like((2, 3, 400), jnp.float32)])
+  levels = quant.FORMATS["nf4"].levels()
+  jax.jit(functools.partial(
+      matmul_gpu.matmul, levels=levels, block_size=64,
+      plan=Plan(8, 2))).trace(
+          like((2, 3, 192), jnp.bfloat16), like((2, 96, 400), jnp.uint8),
+          *scales).lower(lowering_platforms=("cuda",))
+  arrays, shared = seen
+  more = {"scales": "2x3x400xi8", "absmax": "2x5xf32", "offset": "2xf32",
+          "map": "256xf32"} if nested else {"scales": "2x3x400xf32"}
+  assert arrays == {name: f"memref<{form}>" for name, form in {
+      "x": "2x3x192xbf16", "codes": "2x96x400xi8", **more,
+      "out": "2x3x400xbf16"}.items()}
+  body = matmul_gpu.body_for(3, 192, 400, 64, jnp.bfloat16, levels, False,
+                             Plan(8, 2), nested)
+  assert shared == {
+      name: f"memref<{words}xi32, #gpu.address_space<workgroup>>"
+      for name, words in body.shared.items()}
 
 
 def test_levels_are_sums_of_terms():
@@ -158,11 +203,18 @@ def test_permutations_are_a_table(terms):
 
 
 def test_plans():
-  """132 multiprocessors, and no more blocks than a cluster has."""
-  narrow = matmul_gpu.plan_for(1, 4096, 4096, 2)
-  wide = matmul_gpu.plan_for(1, 8192, 28672, 2)
-  assert (narrow.width, narrow.splits, wide.splits) == (16, 8, 2)
-  assert matmul_gpu.plan_for(16, 4096, 4096, 2).width == 8
+  """One wave on 132 multiprocessors, and 2 MB of codes on their way."""
+  for ins, columns, splits in [
+      (4096, 4096, 8), (4096, 11008, 2), (14336, 4096, 8), (8192, 28672, 1)]:
+    for rows in (1, 16):
+      plan = matmul_gpu.plan_for(rows, ins, columns, 2)
+      assert plan == Plan(16, splits)
+      blocks = columns // 128 * splits
+      assert blocks <= 264 and blocks * 4 * 32 * 128 >= 2e6
+  assert matmul_gpu.plan_for(17, 4096, 4096, 2) == Plan(8, 4)
+  # More blocks than fit anyway; two chunks a warp; few columns.
+  assert matmul_gpu.plan_for(1, 4096, 131072, 2) == Plan(16, 1)
+  assert matmul_gpu.plan_for(1, 1024, 1024, 1) == Plan(16, 2, terms=1)
   assert matmul_gpu.plan_for(1, 256, 64, 1) == Plan(8, 1, terms=1)
 
 
