@@ -287,15 +287,16 @@ def project_all(
     pairs = quant.joint_matmul(
         x, [weights[k] for k, *_ in joined], [pair for *_, pair in joined],
         keep, any(adapter.reads_cross for _, adapter, _ in joined))
-    for (k, adapter, _), (y, cross) in zip(joined, pairs, strict=True):
+    for (k, *_), (y, cross) in zip(joined, pairs, strict=True):
       found[k] = finished(k, y, cross)
   for k, one in enumerate(zip(weights, adapters, noise, strict=True)):
     weight, adapter, draw = one
     if k in found:
       continue
-    found[k] = (
-        finished(k, quant.matmul(x, weight) + adapter.down_up(x))
-        if keeps_sum(adapter, draw) else project(x, *one))
+    if adapter is not None and keeps_sum(adapter, draw):
+      found[k] = finished(k, quant.matmul(x, weight) + adapter.down_up(x))
+    else:
+      found[k] = project(x, *one)
   return [found[k] for k in range(len(weights))]
 
 
