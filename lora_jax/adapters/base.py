@@ -32,6 +32,8 @@ from lora_jax import quant
 from lora_jax import struct
 from lora_jax import trees
 from lora_jax import types
+from lora_jax.quant import fp8
+from lora_jax.quant import fp8_joint
 
 
 def trained(*axes: str | None, **options) -> Any:
@@ -245,10 +247,11 @@ def project_all(
   Returns:
     A `[..., o]` for each.
   """
-  found: dict[int, types.Array] = {}
+  found = _in_float8(x, weights, adapters, noise, name) if join else {}
   joined = []
   for k, (adapter, draw) in enumerate(zip(adapters, noise, strict=True)):
-    if join and adapter is not None and draw is None:
+    if (join and k not in found and adapter is not None and draw is None
+        and not isinstance(weights[k], fp8.InFloat8)):
       factors = adapter.factors()
       if factors is not None:
         joined.append((k, adapter, *factors))
@@ -265,6 +268,26 @@ def project_all(
     if k not in found:
       found[k] = _named(project(x, *one), name)
   return [found[k] for k in range(len(weights))]
+
+
+def _in_float8(x, weights, adapters, noise, name):
+  """By index, those of `project_all` that are products in 8 bits together."""
+  factors = {}
+  for k, (adapter, draw) in enumerate(zip(adapters, noise, strict=True)):
+    added = None if adapter is None else adapter.factors()
+    if adapter is None or (added is not None and draw is None):
+      factors[k] = added
+  found: dict[int, types.Array] = {}
+  known = list(factors)
+  for group in fp8_joint.together(
+      x, [weights[k] for k in known], list(factors.values())):
+    group = [known[n] for n in group]
+    ys = fp8_joint.matmul(
+        x, [weights[k] for k in group], [factors[k] for k in group])
+    for k, y in zip(group, ys, strict=True):
+      y, adapter = _named(y, name), adapters[k]
+      found[k] = y if adapter is None else adapter.finish(y, weights[k])
+  return found
 
 
 def _named(y: types.Array, name: str | None) -> types.Array:

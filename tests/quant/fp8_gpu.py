@@ -130,7 +130,7 @@ def expansion(rows: int, columns: int) -> str:
   ways = {
       "i o, bfloat16": lambda w: w.dequantize(jnp.bfloat16),
       "i o": lambda w: fp8.rounded_weight(w)[0],
-      "o i, by words": lambda w: fp8._turned(fp8.rounded_weight(w)[0]),
+      "o i, by words": lambda w: fp8.turned(fp8.rounded_weight(w)[0]),
       "o i, by bytes": lambda w: fp8.rounded_weight(w)[0].T,
   }
   return ", ".join(f"{label} {1e6 * seconds(jax.jit(way), w):.0f}"

@@ -104,7 +104,7 @@ def test_a_weight_is_its_values_rounded_once(fmt):
   # In range, and no more than two bits of it unused.
   assert 448 / 4 < np.abs(dense).max() / float(scale) <= 448
   np.testing.assert_array_equal(
-      np.float32(fp8._turned(got)), np.float32(want).T)
+      np.float32(fp8.turned(got)), np.float32(want).T)
 
 
 @pytest.mark.parametrize("fmt, name", [
