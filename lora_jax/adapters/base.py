@@ -241,7 +241,8 @@ def project_all(
     weights, adapters, noise: of each projection.
     join: whether the products of all whose method has `factors` may be one:
       they then share one copy of x, and one of their gradients, and low-rank
-      products cost next to nothing.
+      products cost next to nothing. Those in 8 bits share x's rounding,
+      adapted or not.
     name: by which `jax.checkpoint` policies know the products.
 
   Returns:

@@ -14,6 +14,8 @@ W has one scale. Being floats, e4m3 keep their relative precision over 2^15,
 and no column of a weight is that much smaller than another. A scale a column
 would factor out of y but not of dx.
 
+`fp8_joint` takes projections of one x together, low-rank products with them.
+
 Tensor cores take 8-bit operands whose contracted axis is contiguous: that is
 W `[i, o]` as it is for dx, and its transpose for y.
 """
