@@ -31,6 +31,8 @@ from lora_jax import quant
 from lora_jax import struct
 from lora_jax import trees
 from lora_jax import types
+from lora_jax.quant import fp8
+from lora_jax.quant import fp8_joint
 
 
 def trained(*axes: str | None, **options) -> Any:
@@ -263,23 +265,31 @@ def project_all(
     x: `[..., i]`.
     weights, adapters, noise: of each projection.
     join: whether low-rank products may be part of the frozen ones, where a
-      method has `factors`: they then cost next to nothing.
+      method has `factors`: they then cost next to nothing. Those in 8 bits
+      share x's rounding, adapted or not.
     keep: is given x A, "low", where they are, and what a method's gradient
       reads.
 
   Returns:
     A `[..., o]` for each.
   """
+  def finished(k, y, cross=None):
+    adapter = adapters[k]
+    if adapter is None:
+      return y
+    if adapter.finishes:
+      y = keep(PRODUCT, y)
+    return adapter.finish(y, weights[k], cross, keep)
+
   found: dict[int, types.Array] = {}
+  if join:
+    found |= {k: finished(k, y) for k, y in _in_float8(
+        x, weights, adapters, noise, keep).items()}
   joined = []
 
-  def finished(k, y, cross=None):
-    if adapters[k].finishes:
-      y = keep(PRODUCT, y)
-    return adapters[k].finish(y, weights[k], cross, keep)
-
   for k, (adapter, draw) in enumerate(zip(adapters, noise, strict=True)):
-    if join and adapter is not None and draw is None:
+    if (join and k not in found and adapter is not None and draw is None
+        and not isinstance(weights[k], fp8.InFloat8)):
       factors = adapter.factors()
       if factors is not None:
         joined.append((k, adapter, factors))
@@ -312,6 +322,24 @@ def with_rate(adapters: types.Tree, rate: float) -> types.Tree:
       lambda a: a.replace(rate=jnp.full_like(a.rate, rate))
       if hasattr(a, "rate") else a, adapters,
       is_leaf=lambda x: isinstance(x, Adapter))
+
+
+def _in_float8(x, weights, adapters, noise, keep):
+  """By index, those of `project_all` that are products in 8 bits together."""
+  factors = {}
+  for k, (adapter, draw) in enumerate(zip(adapters, noise, strict=True)):
+    added = None if adapter is None else adapter.factors()
+    if adapter is None or (added is not None and draw is None):
+      factors[k] = added
+  found: dict[int, types.Array] = {}
+  known = list(factors)
+  for group in fp8_joint.together(
+      x, [weights[k] for k in known], list(factors.values())):
+    group = [known[n] for n in group]
+    found |= zip(group, fp8_joint.matmul(
+        x, [weights[k] for k in group], [factors[k] for k in group], keep),
+                 strict=True)
+  return found
 
 
 def split(adapters: types.Tree) -> tuple[types.Tree, types.Tree]:

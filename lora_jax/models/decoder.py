@@ -261,7 +261,7 @@ def forward(
       local=turns(local) if local else None,
       attention=dataclasses.replace(
           attention, windows=tuple(sorted(set(windows or ())))),
-      join=frozen_matmul == "auto" and _joins(dtype, mesh, cache),
+      join=_joins(dtype, mesh, cache),
       mlp_tiles=mlp_tiles)
 
   def body(shared, hidden, xs, keep):

@@ -14,6 +14,8 @@ W has one scale. Being floats, e4m3 keep their relative precision over 2^15,
 and no column of a weight is that much smaller than another. A scale a column
 would factor out of y but not of dx.
 
+`fp8_joint` takes projections of one x together, low-rank products with them.
+
 Tensor cores take 8-bit operands whose contracted axis is contiguous: that is
 W `[i, o]` as it is for dx, and its transpose for y.
 """
@@ -162,33 +164,39 @@ def applies(x: jax.Array, w: InFloat8) -> bool:
   return fits
 
 
-def _power(largest: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-  """(s, 1 / s): the least power of two with `largest / s` in range.
+def power(peak: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+  """(s, 1 / s): the least power of two with `peak / s` in range.
 
-  NaN where `largest` is not finite, so that the product is not either.
+  NaN where `peak` is not finite, so that the product is not either.
   """
-  share = largest * np.float32(1 / float(jnp.finfo(dtype).max))
+  share = peak * np.float32(1 / float(jnp.finfo(dtype).max))
   bits = jax.lax.bitcast_convert_type(
       jnp.maximum(share, np.float32(2.0**-100)), jnp.int32)
   bits = (bits + _MANTISSA) & ~_MANTISSA
-  finite = jnp.isfinite(largest)
+  finite = jnp.isfinite(peak)
   scale, inverse = (
       jnp.where(finite, jax.lax.bitcast_convert_type(b, jnp.float32), jnp.nan)
       for b in (bits, (254 << 23) - bits))
   return scale, inverse
 
 
+def largest(x: jax.Array, how: Rounding) -> jax.Array:
+  """max|x| of all that shares a scale: `[..., 1]` or `[]`, float32."""
+  size = jnp.abs(x).astype(jnp.float32)
+  return (jnp.max(size, axis=-1, keepdims=True) if how.by_token
+          else jnp.max(size))
+
+
 def rounded(x: jax.Array, how: Rounding) -> tuple[jax.Array, jax.Array]:
   """`x [..., n]` in 8 bits, and its scale: `[..., 1]` or `[]`, float32."""
-  wide = x.astype(jnp.float32)
-  largest = (jnp.max(jnp.abs(wide), axis=-1, keepdims=True) if how.by_token
-             else jnp.max(jnp.abs(wide)))
-  scale, inverse = _power(largest, how.dtype)
-  return (wide * inverse).astype(how.dtype), scale
+  scale, inverse = power(largest(x, how), how.dtype)
+  return (x.astype(jnp.float32) * inverse).astype(how.dtype), scale
 
 
-def _largest(w: base.QuantizedArray) -> jax.Array:
+def largest_weight(w: Any) -> jax.Array:
   """`[]` float32: max|w|, or a bound that some blocks of codes reach."""
+  if not isinstance(w, base.QuantizedArray):
+    return largest(w, Rounding(E4M3, False))
   levels, statistics = w.levels(), w.statistics()
   if levels is None:
     return jnp.max(jnp.abs(w.dequantize(jnp.float32)))
@@ -198,23 +206,28 @@ def _largest(w: base.QuantizedArray) -> jax.Array:
   return jnp.max(jnp.abs(jnp.stack(ends)))
 
 
-def rounded_weight(w: Any) -> tuple[jax.Array, jax.Array]:
-  """A weight `[i, o]` in e4m3, and its scale `[]`.
+def scaled_weight(w: Any, inverse: jax.Array) -> jax.Array:
+  """A weight `[i, o]` times `inverse []`, in e4m3.
 
   Codes become 8 bits at once, without a wider weight in memory: every format
   is linear in its (floating) statistics, which are scaled instead.
   """
   if not isinstance(w, base.QuantizedArray):
-    return rounded(w, Rounding(E4M3, False))
-  scale, inverse = _power(_largest(w), E4M3)
+    return (w.astype(jnp.float32) * inverse).astype(E4M3)
   scaled: dict[str, Any] = {
       name: (x * inverse).astype(x.dtype)
       for name, x in w.statistics().items()
       if jnp.issubdtype(x.dtype, jnp.floating)}
-  return dataclasses.replace(w, **scaled).dequantize(E4M3), scale
+  return dataclasses.replace(w, **scaled).dequantize(E4M3)
 
 
-def _turned(w: jax.Array) -> jax.Array:
+def rounded_weight(w: Any) -> tuple[jax.Array, jax.Array]:
+  """A weight `[i, o]` in e4m3, and its scale `[]`."""
+  scale, inverse = power(largest_weight(w), E4M3)
+  return scaled_weight(w, inverse), scale
+
+
+def turned(w: jax.Array) -> jax.Array:
   """`w.T` of 8-bit floats `[i, o]`, moved by words of four rows.
 
   A transposition of bytes takes XLA longer than the product that it is for.
@@ -227,12 +240,14 @@ def _turned(w: jax.Array) -> jax.Array:
   return jax.lax.bitcast_convert_type(words.T, w.dtype).reshape(columns, rows)
 
 
-def _product(x, x_scale, w, w_scale, dtype):
-  """`x [..., n] @ w [m, n].T` of 8-bit floats, in `dtype`."""
+def product(
+    x: jax.Array, w: jax.Array, scale: jax.Array, dtype: Any
+) -> jax.Array:
+  """`x [..., n] @ w [m, n].T` of 8-bit floats times `scale`, in `dtype`."""
   y = jax.lax.dot_general(
       x, w, (((x.ndim - 1,), (1,)), ((), ())),
       precision=jax.lax.Precision.DEFAULT, preferred_element_type=dtype)
-  return y * (x_scale * w_scale).astype(dtype)
+  return y * scale.astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -249,7 +264,7 @@ def matmul(x: jax.Array, w: Any, recipe: Recipe) -> jax.Array:
   """
   x8, x_scale = rounded(x, recipe.activation)
   w8, w_scale = rounded_weight(w)
-  return _product(x8, x_scale, _turned(w8), w_scale, x.dtype)
+  return product(x8, turned(w8), x_scale * w_scale, x.dtype)
 
 
 def _forward(x, w, recipe):
@@ -262,7 +277,7 @@ def _backward(recipe, w, g):
   # As in `linear`; behind the rounding, which belongs to what computes g.
   w, g8, g_scale = jax.lax.optimization_barrier((w, g8, g_scale))
   w8, w_scale = rounded_weight(w)
-  return _product(g8, g_scale, w8, w_scale, dtype), None
+  return product(g8, w8, g_scale * w_scale, dtype), None
 
 
 matmul.defvjp(_forward, _backward)

@@ -2,20 +2,24 @@
 
     python -m tests.quant.fp8_gpu [check] [step] [products] [large]
 
-The first three by default. `check` compares products with
-numpy's; `products` times both directions at Llama-2-7B's shapes, 8192 tokens,
-each beside bfloat16's; `step` is that of `tests.train.gpu_check`. One line a
-variant; one that fails says so, and the others go on. Not collected by pytest,
-whose machines have no GPU.
+The first three by default. `check` compares products with numpy's, and those
+taken together with each by itself; `products` times both directions at
+Llama-2-7B's shapes, 8192 tokens, each beside bfloat16's; `step` is that of
+`tests.train.gpu_check`, with products apart as well, and without Triton's
+products, which take XLA long to choose from. One line a variant; one that
+fails says so, and the others go on. Not collected by pytest, whose machines
+have no GPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import statistics
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +27,16 @@ import numpy as np
 
 from lora_jax import adapters as adapters_lib
 from lora_jax import quant
+from lora_jax.adapters import lora
+from lora_jax.kernels import attention as attention_lib
 from lora_jax.models import decoder
+from lora_jax.models import init
 from lora_jax.models import modules
 from lora_jax.quant import fp8
+from lora_jax.quant import fp8_joint
+from lora_jax.train import optim
+from lora_jax.train import precision
+from lora_jax.train import step
 from tests.train import gpu_check
 
 TOKENS = 8192
@@ -87,6 +98,47 @@ def check(name: str) -> str:
   return f"{verdict}: y {worst[0]:.3f}, dx {worst[1]:.3f} of the bound"
 
 
+def apart():
+  """A context in which projections of one x are products of their own."""
+  return mock.patch.object(fp8_joint, "together", lambda *unused: [])
+
+
+def check_together(name: str) -> str:
+  """Largest of the errors, in the mean square, that taking two adapted
+  projections together makes of what each gives by itself."""
+  recipe = fp8.RECIPES[name]
+  assert recipe is not None
+  weights = [fp8.InFloat8(weight(512, n), recipe) for n in (256, 384)]
+  x = jax.random.normal(jax.random.key(1), (64, 512), jnp.bfloat16)
+  draw = lambda key, *shape: 0.05 * jax.random.normal(
+      jax.random.key(key), shape)
+  low = [lora.LoRA(draw(2, 512, 16), draw(3, 16, n), jnp.float32(2),
+                   jnp.float32(0), jnp.int32(16)) for n in (256, 384)]
+  gs = [1e-4 * jax.random.normal(jax.random.key(n), (64, n), jnp.bfloat16)
+        for n in (256, 384)]
+
+  def run(x, low):
+    factors = [(one.a, one.b) for one in low]
+
+    def project(x, factors):
+      made = [one.replace(a=a, b=b)
+              for one, (a, b) in zip(low, factors, strict=True)]
+      return adapters_lib.project_all(x, weights, made, [None, None], True)
+
+    y, pull = jax.vjp(project, x, factors)
+    return y, pull(gs)
+
+  together = jax.jit(run)(x, low)
+  with apart():
+    each = jax.jit(lambda *args: run(*args))(x, low)
+  errors = [float(np.linalg.norm(np.float64(a) - np.float64(b))
+                  / np.linalg.norm(np.float64(b)))
+            for a, b in zip(*map(jax.tree.leaves, (together, each)),
+                            strict=True)]
+  verdict = "ok" if max(errors) < 0.01 else "WRONG"
+  return f"{verdict}: {max(errors):.4f} (bfloat16's own are 0.004)"
+
+
 def seconds(run, *args) -> float:
   """Median of one call, several in flight."""
   jax.block_until_ready(run(*args))
@@ -130,7 +182,7 @@ def expansion(rows: int, columns: int) -> str:
   ways = {
       "i o, bfloat16": lambda w: w.dequantize(jnp.bfloat16),
       "i o": lambda w: fp8.rounded_weight(w)[0],
-      "o i, by words": lambda w: fp8._turned(fp8.rounded_weight(w)[0]),
+      "o i, by words": lambda w: fp8.turned(fp8.rounded_weight(w)[0]),
       "o i, by bytes": lambda w: fp8.rounded_weight(w)[0].T,
   }
   return ", ".join(f"{label} {1e6 * seconds(jax.jit(way), w):.0f}"
@@ -152,15 +204,52 @@ def large(name: str) -> None:
         f"{label:44}exit {done.returncode}: {last[-300:]}", flush=True)
 
 
+def one_step(base, tree, name: str, separate: bool, options) -> str:
+  """Losses, seconds of compilation, milliseconds and GiB of a step."""
+  params, frozen = adapters_lib.split(tree)
+  # What is donated must not be what the next variant starts from.
+  state = jax.tree.map(jnp.copy, step.init_state(
+      params, precision.Precision(), "bfloat16"))
+  settings = step.Settings(
+      dtype="bfloat16", remat="named", frozen_matmul=name,
+      attention=attention_lib.Options("auto", "packed"))
+  rest = (frozen, base, jax.device_put(gpu_check.batch()),
+          optim.hyper(optim.OptimConfig(), 1e-3), jax.random.key(0))
+  start = time.perf_counter()
+  with apart() if separate else contextlib.nullcontext():
+    run = step.train_step.lower(
+        state, *rest, model=gpu_check.CONFIG, settings=settings).compile(
+            compiler_options=options)
+  compiling = time.perf_counter() - start
+  losses, times = [], []
+  for _ in range(gpu_check.STEPS + 4):
+    start = time.perf_counter()
+    state, metrics = run(state, *rest)
+    losses.append(float(metrics["loss"]))
+    times.append(time.perf_counter() - start)
+  temporary = run.memory_analysis().temp_size_in_bytes / 2**30
+  return (f"loss {losses[0]:.4f} -> {losses[-1]:.4f}, compiled in "
+          f"{compiling:.0f} s, {1e3 * statistics.median(times[2:]):.1f} ms, "
+          f"{temporary:.1f} GiB")
+
+
 def steps() -> None:
   """The step of `tests.train.gpu_check` with and without 8 bits."""
-  base = gpu_check.quantised()
+  base = init.quantised_base(
+      jax.random.key(0), gpu_check.CONFIG, quant.QuantSpec("nf4"))
   _, tree = adapters_lib.build(
       jax.random.key(1), adapters_lib.AdapterConfig(rank=16, alpha=32.0), base,
       modules.paths(gpu_check.CONFIG))
-  for name in ("auto", *reversed(RECIPES)):
-    attempt(f"step, {name}", functools.partial(
-        gpu_check.run, base, tree, "bfloat16", "auto", frozen_matmul=name))
+  plain = {"xla_gpu_enable_triton_gemm": False}
+  for label, *how in (
+      ("auto", "auto", False, {}),
+      ("fp8_tensor", "fp8_tensor", False, {}),
+      ("fp8", "fp8", False, {}),
+      ("fp8_tensor, apart", "fp8_tensor", True, {}),
+      ("auto, no Triton", "auto", False, plain),
+      ("fp8_tensor, no Triton", "fp8_tensor", False, plain),
+      ("fp8, no Triton", "fp8", False, plain)):
+    attempt(f"step, {label}", functools.partial(one_step, base, tree, *how))
 
 
 def main() -> None:
@@ -175,6 +264,8 @@ def main() -> None:
   if "check" in asked:
     for name in RECIPES:
       attempt(f"check, {name}", functools.partial(check, name))
+      attempt(f"check, {name}, together",
+              functools.partial(check_together, name))
   if "step" in asked:
     steps()
   if "products" in asked:

@@ -20,8 +20,10 @@ from lora_jax import adapters as adapters_lib
 from lora_jax import errors
 from lora_jax import quant
 from lora_jax.models import config as config_lib
+from lora_jax.models import decoder
 from lora_jax.models import init
 from lora_jax.quant import fp8
+from lora_jax.quant import fp8_joint
 from lora_jax.train import precision
 from lora_jax.train import step
 from tests import tiny
@@ -104,7 +106,7 @@ def test_a_weight_is_its_values_rounded_once(fmt):
   # In range, and no more than two bits of it unused.
   assert 448 / 4 < np.abs(dense).max() / float(scale) <= 448
   np.testing.assert_array_equal(
-      np.float32(fp8._turned(got)), np.float32(want).T)
+      np.float32(fp8.turned(got)), np.float32(want).T)
 
 
 @pytest.mark.parametrize("fmt, name", [
@@ -246,10 +248,18 @@ def cosine(ours, theirs):
 
 @pytest.mark.parametrize("fmt, method", [
     ("nf4", "lora"), ("none", "dora")])
-def test_a_training_step_of_packed_rows(fmt, method):
+def test_a_training_step_of_packed_rows(fmt, method, monkeypatch):
   parts = model(fmt, method)
+  # As in bfloat16, and at a greater width.
+  monkeypatch.setattr(decoder, "_joins", lambda *unused: method == "lora")
+  monkeypatch.setattr(fp8_joint, "MOST", 1.0)
+  counts, matmul = [], fp8_joint.matmul
+  monkeypatch.setattr(fp8_joint, "matmul", lambda x, weights, factors: (
+      counts.append(len(weights)), matmul(x, weights, factors))[1])
   want, grads = loss_and_grads(parts, "auto")
+  assert not counts
   value, found = loss_and_grads(parts, "fp8")
+  assert set(counts) == ({1, 2, 3} if method == "lora" else set())
   assert 1e-6 < abs(value - want) < 0.03
   assert 0.98 < cosine(found, grads) < 0.99999
   if (fmt, method) == ("nf4", "lora"):
