@@ -218,20 +218,19 @@ def lowered(remat):
 def test_no_weight_in_float32():
   text = lowered("named")
   d, f, h, kv = 96, 160, 96, 48
-  shapes = [(d, h), (d, kv), (d, h + 2 * kv), (h, d), (d, f), (d, 2 * f),
-            (f, d)]
+  shapes = [(d, h), (d, kv), (h, d), (d, f), (f, d)]
   for i, o in shapes:
     assert f"tensor<{i}x{o}xf32>" not in text, (i, o)
   # The test would see them: they are there in bfloat16, B below them.
-  assert f"tensor<{d + 64}x{2 * f}xbf16>" in text
+  assert f"tensor<{d + 64}x{f}xbf16>" in text
 
 
 @pytest.mark.parametrize("remat, times", [("named", 1), ("full", 2)])
 def test_norms_are_kept_for_the_backward_pass(remat, times):
-  """A^T W of q, k, v, of o, of gate, up and of down: once, if kept."""
+  """A^T W of each projection: once, if kept."""
   products = re.findall(
       r"dot_general .*-> tensor<64x\d+xf32>", lowered(remat))
-  assert len(products) == 4 * times
+  assert len(products) == 7 * times
 
 
 @pytest.mark.parametrize("dtype, low", [("bfloat16", 4 * 64), ("float32", 0)])
@@ -249,5 +248,7 @@ def test_what_is_kept_of_a_token(dtype, low):
   kept = sum(
       np.prod(x.shape[1:]) / (B * T)
       for x in jax.eval_shape(residuals, params)
-      if x.ndim > 3 and x.shape[:3] == (CONFIG.n_layers, B, T))
+      # Of inputs there is one more; see `tape`.
+      if x.ndim > 3 and x.shape[1:3] == (B, T)
+      and x.shape[0] - CONFIG.n_layers in (0, 1))
   assert kept == d + (h + 2 * kv) + h + d + d + 2 * f + d + low

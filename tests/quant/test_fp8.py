@@ -254,8 +254,8 @@ def test_a_training_step_of_packed_rows(fmt, method, monkeypatch):
   monkeypatch.setattr(decoder, "_joins", lambda *unused: method == "lora")
   monkeypatch.setattr(fp8_joint, "MOST", 1.0)
   counts, matmul = [], fp8_joint.matmul
-  monkeypatch.setattr(fp8_joint, "matmul", lambda x, weights, factors: (
-      counts.append(len(weights)), matmul(x, weights, factors))[1])
+  monkeypatch.setattr(fp8_joint, "matmul", lambda x, weights, *rest: (
+      counts.append(len(weights)), matmul(x, weights, *rest))[1])
   want, grads = loss_and_grads(parts, "auto")
   assert not counts
   value, found = loss_and_grads(parts, "fp8")
