@@ -79,10 +79,12 @@ def base(config: config_lib.ModelConfig, host: bool) -> decoder.Base:
     layers[name] = module
 
   def repeated(x):
+    # Made on the device, and moved: the host alone takes minutes.
+    whole = jnp.repeat(x, config.n_layers, 0)
     if host and not host_lib.stays(x):
-      whole = np.broadcast_to(np.asarray(x), (config.n_layers, *x.shape[1:]))
-      return jax.device_put(whole, host_lib.home(x.sharding))
-    return jnp.repeat(x, config.n_layers, 0)
+      whole = jax.block_until_ready(
+          jax.device_put(whole, host_lib.home(x.sharding)))
+    return whole
 
   return one.replace(layers=jax.tree.map(repeated, layers))
 
@@ -127,8 +129,10 @@ def run(config, offload, remat, steps) -> tuple[list[float], str]:
     losses.append(float(metrics["loss"]))
     times.append(time.perf_counter() - start)
   rate = ROWS * LENGTH / statistics.median(times[1:])
+  peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
   return losses, (
       f"{rate:8,.0f} tok/s, program {device / 2**30:5.1f} GiB on the device, "
+      f"peak so far {peak / 2**30:.1f}, "
       f"{size.host_argument_size_in_bytes / 2**30:5.1f} + "
       f"{size.host_temp_size_in_bytes / 2**30:.1f} GiB of the host; loss "
       f"{losses[0]:.4f} -> {losses[-1]:.4f}; made in {made:.0f} s, compiled "
