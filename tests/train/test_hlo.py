@@ -98,7 +98,8 @@ def test_the_state_is_updated_in_place():
   assert compiled().memory_analysis().alias_size_in_bytes >= size
 
 
-@pytest.mark.parametrize("attention, masks", [("splash", False), ("plain", True)])
+@pytest.mark.parametrize(
+    "attention, masks", [("splash", False), ("plain", True)])
 def test_no_mask_for_packed_rows(attention, masks, monkeypatch):
   if reason := topologies.missing("v5e:2x2"):
     pytest.skip(reason)
