@@ -14,7 +14,22 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import jax
 import pytest
+
+# Of memory mappings, of which Linux gives a process 65,530 unless told
+# otherwise. Every program compiled for a CPU has some, and XLA crashes when
+# there are no more.
+MOST = 30_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs():
+  """Forgets the programs of other modules before there are too many."""
+  yield
+  maps = pathlib.Path("/proc/self/maps")
+  if maps.exists() and len(maps.read_bytes().splitlines()) > MOST:
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
