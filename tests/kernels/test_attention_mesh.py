@@ -31,7 +31,8 @@ def kernel(q, k, v, first):
 
 @jax.jit
 def run(q, k, v, first):
-  out, pull = jax.vjp(lambda *qkv: base.sharded(mesh, kernel, *qkv, first),
+  out, pull = jax.vjp(lambda *qkv: base.sharded(
+      mesh, kernel, *qkv, first, axes=(*[base.HEADS] * 3, base.TOKENS)),
                       q, k, v)
   return out, *pull(out)
 
