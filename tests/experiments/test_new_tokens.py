@@ -58,6 +58,7 @@ def test_the_new_rows_learn(whole):
   assert np.abs(saved - model.base.norm).max() > 1e-3
 
 
+@pytest.mark.slow  # As test_resume, with other trees.
 def test_a_kill_changes_nothing(whole, run_command, tied_model, tmp_path):
   folder = tmp_path / "run"
   process = run_command.start(

@@ -47,7 +47,8 @@ def test_bounds_by_hand():
   heads, kv = (n * CONFIG.head_dim
                for n in (CONFIG.n_heads, CONFIG.n_kv_heads))
   kept = 2 * CONFIG.d_model + 2 * heads + 2 * kv + 2 * CONFIG.d_ff
-  whole = 4 * CONFIG.n_layers * B * T * kept
+  # One more input than there are layers; see `models.tape`.
+  whole = 4 * B * T * (CONFIG.n_layers * kept + CONFIG.d_model)
   assert opened.bound(NAMED) - arguments == whole
   assert opened.bound(memory.Choice("named", parts=4)) - arguments == (
       whole // 4)

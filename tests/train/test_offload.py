@@ -102,6 +102,7 @@ def test_a_checkpoint_goes_on_with_other_memory(runs, offload, tmp_path):
       np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow  # As training, the same pass.
 def test_generation_reads_the_base_where_it_is():
   base, tree = contract.randomised("dora", "nf4")
   ours, theirs = (

@@ -153,23 +153,26 @@ def sharded(
   Args:
     mesh: what `unshardable` accepts.
     kernel: computes each row and each group of heads by itself.
-    *arguments: arrays.
+    *arguments: arrays; the first has the queries' axes.
     axes: the logical axes of each.
-    out: those of the result, in its structure.
+    out: those of the result, or of each of several.
 
   Returns:
     The result.
   """
   if mesh is None or mesh.size == 1:
     return kernel(*arguments)
-  shapes = jax.eval_shape(kernel, *arguments)
+  sizes = dict(zip(axes[0], arguments[0].shape, strict=True))
+
+  def spec(names):
+    return mesh_lib.spec(mesh, [sizes[name] for name in names], names)
+
   # Kernels say nothing about which axes their results vary over.
   return jax.shard_map(
       kernel, mesh=mesh,
       in_specs=tuple(mesh_lib.spec(mesh, x.shape, names)
                      for x, names in zip(arguments, axes, strict=True)),
-      out_specs=jax.tree.map(
-          lambda x, names: mesh_lib.spec(mesh, x.shape, names), shapes, out),
+      out_specs=spec(out) if out == HEADS else tuple(map(spec, out)),
       check_vma=False)(*arguments)
 
 
