@@ -15,14 +15,10 @@ blocks of 64, bfloat16, median of 5):
 
 `python -m tests.kernels.dequantise_gpu` measures them again. `mosaic_gpu` is
 what remains for shapes that `direct_gpu` does not take.
-
-Doubly quantised statistics `direct_gpu` decodes itself, of a whole weight: 94
-to 96% of a copy's rate there, 89 to 91% where XLA decodes them before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 import dataclasses
 import functools
 import logging
@@ -54,8 +50,7 @@ _ANY = "any"
 class _Call:
   """What is static of a call: `names` of the statistics, in order.
 
-  Its operands are the codes, the statistics and, if `below`, more rows. What
-  `dequantise` calls `nested` may follow.
+  Its operands are the codes, the statistics and, if `below`, more rows.
   """
 
   form: plain.Format
@@ -64,17 +59,11 @@ class _Call:
   interpret: Any = False
   below: bool = False
 
-  @property
-  def float_operands(self) -> int:
-    """How many follow the codes, without what is nested."""
-    return len(self.names) + self.below
-
   def plain(self, codes: jax.Array, *rest: jax.Array) -> jax.Array:
     named = dict(zip(self.names, rest))
     values = plain.dequantise(codes, named, self.form, self.dtype)
-    if not self.below:
-      return values
-    return jnp.concatenate([values, rest[len(self.names)]], axis=-2)
+    return (jnp.concatenate([values, rest[-1]], axis=-2) if self.below
+            else values)
 
   def applies(self, backend: str, codes: jax.Array) -> bool:
     """Whether the kernel `backend` takes codes of this shape."""
@@ -92,41 +81,18 @@ class _Call:
     """`[..., i, o]` by a kernel, or plain where a shard does not fit it."""
     if not self.applies(backend, codes):
       return self.plain(codes, *rest)
-    count = len(self.names)
-    return self._launch(
-        backend, codes, [_flat(x, 2) for x in rest[:count]], rest[count:])
-
-  def nested(
-      self, backend: str, codes: jax.Array, *rest: jax.Array
-  ) -> jax.Array:
-    """The same with all statistics in 8 bits, of a whole weight."""
-    *eight, table = rest[self.float_operands:]
-    triples = [(_flat(eight[n], 2), _flat(eight[n + 1], 1),
-                _flat(eight[n + 2], 0)) for n in range(0, len(eight), 3)]
-    return self._launch(
-        backend, codes, triples, rest[len(self.names):self.float_operands],
-        table=table[(0,) * (codes.ndim - 2)])
-
-  def _launch(
-      self, backend: str, codes: jax.Array, statistics: Sequence[Any],
-      below: Sequence[jax.Array], **how: Any
-  ) -> jax.Array:
-    """Of statistics with one leading axis, and one or no `below`."""
-    byte_rows, columns = codes.shape[-2:]
+    *lead, byte_rows, columns = codes.shape
+    flat = [x.reshape(-1, *x.shape[-2:]) for x in (codes, *rest)]
+    more = flat.pop() if self.below else None
     values = KERNELS[backend].dequantise(
-        _flat(codes, 2), *statistics, levels=self.form.levels,
+        *flat, levels=self.form.levels,
         block_size=min(self.form.block_size, 2 * byte_rows),
-        dtype=self.dtype, below=sum(x.shape[-2] for x in below),
-        interpret=self.interpret, **how)
-    for more in below:  # In place: the kernel left these rows alone.
+        dtype=self.dtype, below=0 if more is None else more.shape[-2],
+        interpret=self.interpret)
+    if more is not None:  # In place: the kernel left these rows alone.
       values = jax.lax.dynamic_update_slice_in_dim(
-          values, _flat(more, 2), 2 * byte_rows, axis=-2)
-    return values.reshape(*codes.shape[:-2], -1, columns)
-
-
-def _flat(x: jax.Array, axes: int) -> jax.Array:
-  """With one leading axis before the last `axes`."""
-  return x.reshape(-1, *x.shape[x.ndim - axes:])
+          values, more, 2 * byte_rows, axis=-2)
+    return values.reshape(*lead, -1, columns)
 
 
 def not_hopper() -> bool:
@@ -141,26 +107,17 @@ def _compiled(call: _Call, platforms: tuple[tuple[str, str], ...]) -> Any:
   """A function of codes and statistics that takes the kernel of the platform
   it is compiled for; `_ANY` is every platform."""
 
-  def placed(platform, backend, codes, count):
+  def placed(platform, backend, codes):
     run = functools.partial(call.kernel, backend)
     if platform == "tpu":
       return partition.local(run, call.plain)
     rows = codes.shape[-2] * call.form.codes_per_byte
-    cut = partition.partitioned(
+    return partition.partitioned(
         run, min(call.form.block_size, rows), call.below)
 
-    def shards(codes, *rest):
-      return cut(codes, *rest[:call.float_operands])
-
-    if backend != "direct_gpu" or count == call.float_operands:
-      return shards
-    # What 8 bits stand for depends on where they are in the whole.
-    return partition.local(functools.partial(call.nested, backend), shards)
-
   def choose(codes, *statistics):
-    kernels = {
-        platform: placed(platform, backend, codes, len(statistics))
-        for platform, backend in platforms}
+    kernels = {platform: placed(platform, backend, codes)
+               for platform, backend in platforms}
     if _ANY in kernels:
       return kernels[_ANY](codes, *statistics)
     return jax.lax.platform_dependent(
@@ -181,11 +138,10 @@ def _compiled(call: _Call, platforms: tuple[tuple[str, str], ...]) -> Any:
 
   @run.defjvp
   def _(primals, tangents):
-    codes, *rest = primals
-    count = call.float_operands  # In 8 bits they are the same statistics.
+    codes, *statistics = primals
     _, tangent = jax.jvp(
-        functools.partial(call.plain, codes), tuple(rest[:count]),
-        tuple(tangents[1:1 + count]))
+        functools.partial(call.plain, codes), tuple(statistics),
+        tuple(tangents[1:]))
     return run(*primals), tangent
 
   return jax.jit(run)
@@ -198,7 +154,6 @@ def dequantise(
     dtype: Any = jnp.float32,
     *,
     below: jax.Array | None = None,
-    nested: tuple[jax.Array, ...] = (),
     backend: str | None = None,
     interpret: Any = False,
 ) -> jax.Array:
@@ -210,9 +165,6 @@ def dequantise(
     form: how they become numbers.
     dtype: of the result.
     below: `[..., n, o]` in `dtype`, more rows to put into the same buffer.
-    nested: the statistics in 8 bits as well, if all of them are: of each,
-      "scales" first, codes `[..., q, o]`, nested_absmax and offset of
-      `double.Nested`; then the map. A kernel may read these instead.
     backend: `"xla"` or a key of `KERNELS`; by default what `DEFAULTS` has for
       the platform, or plain XLA where that kernel does not apply.
     interpret: True to run a kernel without its device. (Not `mosaic_gpu`,
@@ -235,7 +187,6 @@ def dequantise(
   arrays = [statistics[name] for name in names]
   if below is not None:
     arrays.append(below)
-  arrays += map(jnp.asarray, nested)
   what = f"{list(codes.shape)} codes in blocks of {form.block_size}"
   platforms: tuple[tuple[str, str], ...] = ()
   if backend is None:

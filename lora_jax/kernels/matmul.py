@@ -45,7 +45,7 @@ _ANY = "any"
 class _Call:
   """What is static of a call: `names` of the statistics, in order.
 
-  What `dequantise.dequantise` calls `nested` may follow the statistics.
+  Four arrays may follow the statistics: the scales in 8 bits.
   """
 
   form: plain.Format
@@ -55,9 +55,7 @@ class _Call:
   def plain(self, x: jax.Array, codes: jax.Array, *statistics: jax.Array
             ) -> jax.Array:
     named = dict(zip(self.names, statistics))
-    return x @ dequantise.dequantise(
-        codes, named, self.form, x.dtype,
-        nested=statistics[len(self.names):])
+    return x @ dequantise.dequantise(codes, named, self.form, x.dtype)
 
   def applies(self, backend: str, x: jax.Array, codes: jax.Array) -> bool:
     """Whether the kernel `backend` takes arrays of these shapes."""
@@ -85,7 +83,7 @@ class _Call:
 
   def nested(self, backend: str, x: jax.Array, codes: jax.Array,
              *statistics: jax.Array) -> jax.Array:
-    """The same with the scales, the only statistic, in 8 bits."""
+    """The same with the scales in 8 bits."""
     lead = x.ndim - 2
     scales, absmax, offset, table = statistics[len(self.names):]
     product = KERNELS[backend].matmul(
@@ -111,8 +109,7 @@ def _compiled(call: _Call, platforms: tuple[tuple[str, str], ...]) -> Any:
     def shards(x, codes, *statistics):
       return cut(x, codes, *statistics[:len(call.names)])
 
-    if (backend != "mosaic_gpu" or call.names != ("scales",)
-        or count == len(call.names)):
+    if backend != "mosaic_gpu" or count == len(call.names):
       return shards
     # What a scale of 8 bits stands for depends on where it is in the whole.
     return partition.local(functools.partial(call.nested, backend), shards)
@@ -174,7 +171,8 @@ def matmul(
     codes: `[i / codes_per_byte, o]`.
     statistics: `[q, o]` by name.
     form: how they become numbers.
-    nested: the statistics in 8 bits as well; see `dequantise.dequantise`. A
+    nested: the statistic "scales", if it is the only one, in 8 bits as well:
+      codes `[q, o]`, nested_absmax, offset and the map of `double.Nested`. A
       kernel may read these instead.
     backend: `"xla"` or a key of `KERNELS`; by default what `DEFAULTS` has for
       the platform, or plain XLA where that kernel does not apply.

@@ -198,8 +198,8 @@ _local_p = core.Primitive("local_kernel")
 
 @_local_p.def_abstract_eval
 def _(*avals, run, other):
-  del avals, run
-  (out,) = other.out_avals
+  del run
+  out = jax.eval_shape(other, *avals)
   return jax.core.ShapedArray(out.shape, out.dtype)
 
 
@@ -209,7 +209,7 @@ def _lower(ctx, *args, run, other):
     alone = set(context.manual_axes) == set(context.mesh.axis_names)
   else:
     alone = context.num_devices == 1
-  chosen = run if alone else lambda *args: core.jaxpr_as_fun(other)(*args)[0]
+  chosen = run if alone else other
   return mlir.lower_fun(chosen, multiple_results=False)(ctx, *args)
 
 
@@ -230,7 +230,6 @@ def local(
   """
 
   def chosen(*args):
-    # Traced here: what JAX does not see partitions is lowered without devices.
-    return _local_p.bind(*args, run=run, other=jax.make_jaxpr(other)(*args))
+    return _local_p.bind(*args, run=run, other=other)
 
   return chosen

@@ -10,7 +10,6 @@ and a layer can be sharded along either axis.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 import dataclasses
 import functools
 from typing import Any, ClassVar, Self
@@ -202,9 +201,7 @@ class QuantizedArray:
           run, mesh=mesh, in_specs=(spec, spec), out_specs=spec,
           check_vma=False)
       return run(self.codes, self.statistics())
-    statistics = self.statistics()
-    return run(
-        self.codes, statistics, below=below, nested=self._nested(statistics))
+    return run(self.codes, self.statistics(), below=below)
 
   def after(self, g: Any) -> tuple[Self, Any]:
     """The same weight, which is not there before g is; and g.
@@ -223,21 +220,16 @@ class QuantizedArray:
     return plain.Format(
         self.decode, self.block_size, self.CODES_PER_BYTE, self.levels())
 
-  def _nested(self, names: Iterable[str]) -> tuple[Any, ...]:
-    """The statistics of these names in 8 bits, for kernels, as
-    `dequantise.dequantise` takes them; nothing unless all of them are."""
-    found = [getattr(self, name) for name in names]
-    if not all(isinstance(x, double.Nested) for x in found):
-      return ()
-    return (*jax.tree.leaves(found), dynamic.table())
-
   def matmul(self, x: jax.Array) -> jax.Array:
     """`x [..., i] @ w` in `x`'s dtype -> `[..., o]`."""
     if self.ndim == 2 and self.levels() is not None and self.home is None:
       statistics = self.statistics()
+      nested: tuple[Any, ...] = ()
+      if isinstance(self.scales, double.Nested) and len(statistics) == 1:
+        s = self.scales
+        nested = (s.codes, s.nested_absmax, s.offset, dynamic.table())
       return matmul.matmul(
-          x, self.codes, statistics, self._form(),
-          nested=self._nested(statistics))
+          x, self.codes, statistics, self._form(), nested=nested)
     return x @ self.dequantize(x.dtype)
 
   def matmul_transposed(self, g: jax.Array) -> jax.Array:

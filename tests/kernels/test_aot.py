@@ -30,7 +30,6 @@ from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
 from lora_jax.models import init
 from lora_jax.models import sharding
-from lora_jax.quant import joint
 from lora_jax.train import optim
 from lora_jax.train import step as step_lib
 from tests import tiny
@@ -156,48 +155,6 @@ def test_a_scan_reads_its_layer_out_of_the_stack():
                     named["scales"], whole)
     assert calls(text, device) == 1
     assert ("u8[1,512,1024]" in text) == (not whole)
-
-
-@pytest.mark.parametrize("place,remat", [
-    ("h100", False), ("h100", True), ("h100:4", False)])
-def test_nested_scales_are_decoded_in_the_kernel(place, remat):
-  """In the scans of both passes; no two dequantisations of a weight are
-  merged. Where a weight is cut, its scales are decoded before."""
-  ds = devices(place)
-  mesh = Mesh(np.asarray(ds), ("tensor",))
-  w = jax.eval_shape(lambda: quant.quantize(
-      jnp.zeros((3, 2048, 1024)), quant.QuantSpec("nf4", 64)))
-  w = jax.tree.map(lambda a: jax.ShapeDtypeStruct(
-      a.shape, a.dtype, sharding=NamedSharding(
-          mesh, P(None, None, "tensor") if a.ndim == 3 else P())), w)
-  x = jax.ShapeDtypeStruct((64, 2048), jnp.bfloat16,
-                           sharding=NamedSharding(mesh, P()))
-
-  def slope(x, w):
-    def body(x, w):
-      factors = jnp.ones((2048, 8)), jnp.ones((8, 1024))
-      ((y, _),) = joint.matmul(x, [w], [factors])
-      return x + jnp.tile(jnp.tanh(y), 2), None
-
-    if remat:
-      body = jax.checkpoint(body, prevent_cse=False)
-    return jax.grad(lambda x: jax.lax.scan(body, x, w)[0].astype(
-        jnp.float32).sum())(x)
-
-  text = compiled(slope, ds[0], x, w)
-  assert calls(text, ds[0]) == 2 + remat
-  width = 1024 // len(ds)
-  unnested = rf"f32\[(1,)?(32,{width}|{32 * width}(,1)?)\]"
-  assert bool(re.search(unnested, text)) == (len(ds) > 1)
-  assert "u8" not in COLLECTIVES.findall(text)
-  if len(ds) == 1 and jax.__version_info__ >= (0, 11):
-    # A layer's arrays are read where they lie. (Older XLA copies them.)
-    assert [re.findall(r"(\w+\[1,[\d,]*\])\S* dynamic-slice\(", part)
-            for part in text.split("\n\n") if calls(part, ds[0])] == [
-                ["u8[1,1024,1024]", "u8[1,32,1024]", "f32[1,128]"]] * (
-                    2 + remat)
-
-
 FEW = {  # Format, rows of `x`, shape and block size of the weight.
     "one row": ("nf4", 1, 1024, 576, 64, jnp.bfloat16),
     "many, affine": ("int4_affine", 20, 576, 1536, 64, jnp.bfloat16),

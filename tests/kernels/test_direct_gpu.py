@@ -7,9 +7,6 @@ assembler takes them is `test_aot`'s.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,56 +111,6 @@ def test_entry_point_takes_it():
           jnp.float32).sum())(named["scales"])
       for how in (how, {"backend": "xla"})]
   np.testing.assert_array_equal(*slopes)
-
-
-def test_weights_hand_over_statistics_of_8_bits(stack, monkeypatch):
-  """Whoever reads a weight: what is unnested is not read, or all were NaN."""
-  weights, want = stack
-  cls = type(weights)
-  real = cls.statistics
-  monkeypatch.setattr(cls, "statistics", lambda self: {
-      name: x * jnp.nan for name, x in real(self).items()})
-  monkeypatch.setattr(dequantise, "dequantise", functools.partial(
-      dequantise.dequantise, backend="direct_gpu", interpret=True))
-  more = jnp.full((3, 7, 200), 7, jnp.bfloat16)
-
-  @jax.jit
-  def run(weights, more):
-    first = jax.tree.map(lambda x: x[0], weights)
-    ones = jnp.eye(128, dtype=jnp.bfloat16)
-    return weights.dequantize(jnp.bfloat16), jax.vmap(
-        lambda w, below: w.dequantize(jnp.bfloat16, below))(
-            weights, more), first.matmul(ones), first.matmul_transposed(
-                jnp.eye(200, dtype=jnp.bfloat16)).T
-
-  whole, taller, product, transposed = run(weights, more)
-  np.testing.assert_array_equal(one.bits(whole), want)
-  np.testing.assert_array_equal(one.bits(taller[:, :128]), want)
-  np.testing.assert_array_equal(taller[:, 128:], more)
-  for got in (product, transposed):
-    np.testing.assert_array_equal(one.bits(got + 0), one.bits(whole[0] + 0))
-
-
-def test_statistics_of_8_bits_have_the_same_derivative():
-  """Through what is unnested, and of rows below."""
-  w = quant.quantize(np.float32(np.random.default_rng(0).normal(
-      size=(64, 16))), quant.QuantSpec("nf4", 64))
-
-  def loss(offset, below, backend):
-    scales = dataclasses.replace(w.scales, offset=offset)
-    weight = dataclasses.replace(w, scales=scales)
-    statistics = weight.statistics()
-    values = dequantise.dequantise(
-        w.codes, statistics, one.form("nf4", 64), jnp.bfloat16, below=below,
-        nested=weight._nested(statistics), backend=backend,
-        interpret=backend != "xla")
-    return jnp.sum(values.astype(jnp.float32))
-
-  below = jnp.ones((2, 16), jnp.bfloat16)
-  got, want = (jax.grad(loss, (0, 1))(w.scales.offset, below, backend)
-               for backend in ("direct_gpu", "xla"))
-  assert want[0] != 0 and (want[1] == 1).all()
-  jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def test_who_gets_it():
