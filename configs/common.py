@@ -40,12 +40,15 @@ def get_config() -> config_dict.ConfigDict:
   config.quant.skip = "lm_head,embed_tokens"
 
   config.adapter = c()
-  config.adapter.method = "lora"  # lora rslora dora full none
+  config.adapter.method = "lora"  # docs/METHODS.md lists them all
+  # What only this method is told: "d_initial=0.1,projection_key=3".
+  config.adapter.options = ""
   config.adapter.rank = 16
   config.adapter.alpha = 32.0
   config.adapter.dropout = 0.0
-  # all-linear, attention, mlp, names ("q_proj,v_proj"), or a regex.
-  config.adapter.targets = "all-linear"
+  # auto (the method's own), all-linear, attention, mlp, names
+  # ("q_proj,v_proj"), or a regex.
+  config.adapter.targets = "auto"
   config.adapter.layers = ""  # "0-7,20"; empty is all
   # Ranks and alphas of some modules: "v_proj=32,layers.0.mlp.up_proj=4", a
   # module's name, the end of its path, or a regex without a comma.

@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from lora_jax import adapters as adapters_lib
 from lora_jax import api
 from lora_jax import quant
 from lora_jax import trees
-from lora_jax.adapters import base as base_lib
 from lora_jax.evaluate import statistics
 from lora_jax.models import hf
 from lora_jax.train import loop
@@ -46,7 +46,7 @@ def summary(
   progress = outcome.progress
   lines = workdir.read_metrics(folder / "metrics.jsonl")
   speeds = [x["tokens_per_s"] for x in lines if "tokens_per_s" in x]
-  trained = base_lib.trainable_size(model.adapters)
+  trained = adapters_lib.trainable_size(model.adapters)
   total = sum(int(np.prod(s)) for s in hf.names(model.config).values())
   evals = [x for x in lines if "eval_loss" in x]
   found: dict[str, Any] = {

@@ -8,7 +8,9 @@ import jax
 import numpy as np
 
 from lora_jax import adapters as adapters_lib
+from lora_jax.adapters import lora
 from lora_jax.models import hf
+from lora_jax.models import modules
 from tests.models import tiny as models_tiny
 
 CONFIGS = models_tiny.CONFIGS
@@ -20,25 +22,20 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 def paths(config) -> dict[str, list[str]]:
   """Module paths by target, as `adapters.build` and `export.peft` take them."""
-  found = {t: [hf.hf_name(i, t, "") for i in range(config.n_layers)]
-           for t in TARGETS}
-  return found | {t: [hf.hf_name(None, t, "")]
-                  for t in ("embed_tokens", "lm_head")}
+  return modules.paths(config) | {"lm_head": ["lm_head"]}
 
 
 def shapes(config) -> dict[str, tuple[int, int]]:
   """(in, out) by target."""
-  by_target = {s.target: s.shape for s in hf.slots(config)
-               if s.leaf == "weight" and len(s.shape) == 2}
-  by_target.setdefault("lm_head", by_target["embed_tokens"])
-  return {t: s if t == "embed_tokens" else s[::-1]
-          for t, s in by_target.items()}
+  found = modules.shapes(config)
+  return found | {"lm_head": found["embed_tokens"][::-1]}
 
 
 def random_adapters(config, base, block, key=7, scale=0.2):
   """Adapters of a config with every trained leaf random, none of it zero."""
   _, tree = adapters_lib.build(
-      jax.random.key(0), block, base, paths(config))
+      jax.random.key(0), block, base, paths(config),
+      geometry=modules.geometry(config))
   trainable, frozen = adapters_lib.split(tree)
   leaves, structure = jax.tree.flatten(trainable)
   keys = jax.random.split(jax.random.key(key), len(leaves))
@@ -48,12 +45,12 @@ def random_adapters(config, base, block, key=7, scale=0.2):
 
 
 def mask(tree):
-  """Zeroes the padded columns of A and rows of B."""
+  """Zeroes the padded columns of A and rows of B of LoRA and its kin."""
   def is_adapter(x):
     return isinstance(x, adapters_lib.Adapter)
 
   def one(node):
-    if not is_adapter(node):
+    if not isinstance(node, lora.LoRA):
       return node
     used = np.arange(node.a.shape[-1]) < np.asarray(node.rank)[..., None]
     return node.replace(

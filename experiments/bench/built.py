@@ -12,7 +12,6 @@ from experiments import blocks
 from experiments.bench import geometry
 from lora_jax import adapters as adapters_lib
 from lora_jax import types
-from lora_jax.adapters import base as adapters_base
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
 from lora_jax.models import init
@@ -50,7 +49,8 @@ def build(config: Config) -> Built:
       key, model, spec, base_dtype, blocks.skip(config),
       "base" in blocks.offload(config))
   base, tree = adapters_lib.build(
-      jax.random.fold_in(key, 1), method, base, modules.paths(model))
+      jax.random.fold_in(key, 1), method, base, modules.paths(model),
+      geometry=modules.geometry(model))
   return Built(model, base, tree, {
       "geometry": config["model"]["geometry"],
       "changes": config["model"]["changes"],
@@ -58,4 +58,4 @@ def build(config: Config) -> Built:
       "method": method.method, "rank": method.rank,
       "targets": method.targets, "dtype": dtype,
       "attention": config["compute"]["attention"],
-      "trainable": adapters_base.trainable_size(tree)})
+      "trainable": adapters_lib.trainable_size(tree)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 import dataclasses
 import re
+from typing import Any
 
 from lora_jax import errors
 from lora_jax.adapters import starts
@@ -19,11 +20,12 @@ class AdapterConfig:
     rank: r of the low-rank methods, 1 to 4096.
     alpha: numerator of the scale, alpha/r (rsLoRA: alpha/sqrt(r)).
     dropout: rate on the adapter's input, in [0, 1).
-    targets: which projections; see `targets.select`.
+    targets: which places; see `targets.select`. "auto" is the method's own.
     layers: which layers, `"0-7,20"`, or None for all.
     rank_pattern: module name or regex -> rank (PEFT's rule).
     alpha_pattern: module name or regex -> alpha.
     init: where A and B start; see `starts`.
+    options: what only this method is told: a mapping, or its own dataclass.
     loftq_iterations: of init="loftq".
     modules_to_save: targets that are trained whole; see `saved`.
     trainable_token_indices: tokens whose embeddings are trained; see `tokens`.
@@ -34,21 +36,25 @@ class AdapterConfig:
   rank: int = 16
   alpha: float = 32.0
   dropout: float = 0.0
-  targets: str | tuple[str, ...] = "all-linear"
+  targets: str | tuple[str, ...] = "auto"
   layers: str | tuple[int, ...] | None = None
   rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
   alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  options: Any = dataclasses.field(default_factory=dict)
   init: str = "default"
   loftq_iterations: int = 1
   modules_to_save: tuple[str, ...] = ()
   trainable_token_indices: tuple[int, ...] | str = ()
 
-  def validate(self) -> AdapterConfig:
-    """Returns itself.
+  def validate(self, options: type | None = None) -> AdapterConfig:
+    """Returns itself, `options` as the dataclass of that type if it is given.
 
     Raises:
-      errors.UsageError: if a value is out of range.
+      errors.UsageError: if a value is out of range, or an option unknown.
     """
+    if options is not None:
+      return dataclasses.replace(
+          self, options=_options(self.options, options)).validate()
     ranks = {"adapter.rank": self.rank} | {
         f'adapter.rank_pattern["{k}"]': v for k, v in self.rank_pattern.items()}
     for place, rank in ranks.items():
@@ -80,6 +86,50 @@ class AdapterConfig:
       errors.UsageError: if `init` names nothing.
     """
     return starts.choose(self.init, self.loftq_iterations)
+
+
+def _options(given: Any, kind: type) -> Any:
+  """`given` as a `kind`, each value as its default's type."""
+  if isinstance(given, kind):
+    return given
+  if dataclasses.is_dataclass(given):
+    raise errors.UsageError(
+        f"adapter.options={given} belongs to another method; give "
+        f"{kind.__name__}")
+  known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore
+  found = {}
+  for name, value in given.items():
+    field = errors.choose("adapter.options", name, known)
+    found[name] = _like(name, value, field.default)
+  made = kind(**found)
+  check = getattr(made, "validate", None)
+  if check is not None:
+    check()
+  return made
+
+
+def _like(name: str, value: Any, default: Any) -> Any:
+  """A value, perhaps of a command line, as its default's type."""
+  place = f"adapter.options.{name}"
+  if isinstance(default, bool):
+    if value in (True, False):
+      return bool(value)
+    if str(value).lower() in ("true", "false"):
+      return str(value).lower() == "true"
+    raise errors.UsageError(f"{place}={value} is no bool; use true or false")
+  if isinstance(default, tuple):
+    parts = value.split("+") if isinstance(value, str) else value
+    kind = type(default[0]) if default else str
+    return tuple(kind(part) for part in parts)
+  kind = type(default)
+  try:
+    number = kind(value)
+  except (TypeError, ValueError):
+    number = None
+  if number is None or (kind is int and float(value) != number):
+    raise errors.UsageError(
+        f"{place}={value} is no {kind.__name__}; use one such as {default}")
+  return number
 
 
 def by_pattern(path: str, pattern: Mapping, default):

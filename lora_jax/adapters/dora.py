@@ -41,7 +41,7 @@ from lora_jax import struct
 from lora_jax import types
 from lora_jax.adapters import base
 from lora_jax.adapters import lora
-from lora_jax.adapters import starts
+from lora_jax.adapters import method
 
 # Of ||W0||^2, the least that c^2 is taken for: about what its terms leave of
 # one another's rounding in bfloat16. The gain stays below m / ||W0|| times 256.
@@ -67,7 +67,6 @@ class DoRA(lora.LoRA):
   square: types.Array | None = base.frozen("out", default=None)
   c: types.Array | None = base.frozen("out", default=None)
 
-  peft_type: ClassVar[str | None] = "LORA"
   constants: ClassVar[Mapping[str, Callable]] = {"square": squares}
   finishes: ClassVar[bool] = True
 
@@ -158,23 +157,31 @@ class DoRA(lora.LoRA):
         "(the adapter folder of the run, which PEFT reads beside an "
         "unquantised base)")
 
+  def inert(self):
+    return dataclasses.replace(super().inert(), m=jnp.ones_like(self.m))
+
   @classmethod
-  def from_peft(cls, tensors, width, frozen):
-    plain = lora.LoRA.from_peft(tensors, width, frozen)
+  def from_peft(cls, tensors, slot):
+    plain = lora.LoRA.from_peft(tensors, slot)
     m = jnp.asarray(tensors["lora_magnitude_vector"], jnp.float32)
-    return cls(a=plain.a, b=plain.b, m=m, **frozen)
+    return cls(a=plain.a, b=plain.b, m=m, **slot.values())
 
 
 def _root(total, square):
   return jnp.sqrt(jnp.maximum(total, FLOOR * square))
 
 
-def init(key, weight, width, frozen, embedding=False, draw=starts.kaiming,
-         given=None):
+def init(key, weight, slot, shared=None):
   """The adapter of one module; see `lora.init`."""
-  plain = lora.init(key, weight, width, frozen, embedding, draw, given)
+  plain = lora.init(key, weight, slot, shared)
   # A drawn start has no delta, and m is the norm of W0 alone.
   v = quant.dequantize(weight, jnp.float32) + plain.delta()
   return DoRA(
       a=plain.a, b=plain.b, a0=plain.a0, b0=plain.b0,
-      m=jnp.linalg.norm(v, axis=0), **frozen)
+      m=jnp.linalg.norm(v, axis=0), **slot.values())
+
+
+METHOD = method.Method(
+    summary="h = m/||W0 + sAB|| x (W0 + sAB)", paper="arXiv 2402.09353",
+    adapter=DoRA, init=init, count="r * (i + o) + o", embeddings=True,
+    patterns=True, zero_gradients=("a",), form=lora.form(use_dora=True))

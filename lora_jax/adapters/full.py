@@ -16,6 +16,7 @@ from lora_jax import host as host_lib
 from lora_jax import quant
 from lora_jax import types
 from lora_jax.adapters import base
+from lora_jax.adapters import method
 
 
 def build_full(
@@ -49,3 +50,10 @@ def build_full(
 def build_none(tree: types.Tree) -> tuple[types.Tree, base.Adapters]:
   """(the base as it is, an empty tree)."""
   return tree, base.Adapters()
+
+
+NONE = method.Method(
+    summary="h = x W0; nothing is trained", build=build_none)
+METHOD = method.Method(
+    summary="h = x W; every parameter is trained", count="i * o",
+    build=build_full)

@@ -17,8 +17,10 @@ their gradients: it needs no mask.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import dataclasses
-from typing import ClassVar
+import math
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,8 @@ from lora_jax import quant
 from lora_jax import struct
 from lora_jax import types
 from lora_jax.adapters import base
+from lora_jax.adapters import config as config_lib
+from lora_jax.adapters import method
 from lora_jax.adapters import starts
 
 
@@ -49,8 +53,6 @@ class LoRA(base.Adapter):
   rank: types.Array = base.frozen()
   a0: types.Array | None = base.frozen("in", None, default=None)
   b0: types.Array | None = base.frozen(None, "out", default=None)
-
-  peft_type: ClassVar[str | None] = "LORA"
 
   def down_up(self, x: types.Array) -> types.Array:
     """s x A B, `[..., o]`, in x's dtype."""
@@ -109,39 +111,106 @@ class LoRA(base.Adapter):
         b=jnp.pad(jnp.concatenate([self.b[:r], -b0[:r]], 0),
                   ((0, pad), (0, 0))))
 
-  @classmethod
-  def from_peft(cls, tensors, width, frozen):
-    """Inverse of `to_peft`; `width` is the stack's rank.
+  def inert(self) -> Self:
+    # Its products are not switched off by the rank, but by zeros.
+    return dataclasses.replace(
+        self, rank=0 * self.rank, scale=0 * self.scale, a=0 * self.a,
+        b=0 * self.b)
 
-    Args:
-      tensors: PEFT's tensors of one module, by suffix.
-      width: r of the stack, at least the module's own.
-      frozen: the values of the frozen fields.
-    """
-    a = tensors.get("lora_A.weight", tensors.get("lora_embedding_A")).T
-    b = tensors.get("lora_B.weight", tensors.get("lora_embedding_B")).T
-    pad = width - a.shape[1]
+  @classmethod
+  def from_peft(cls, tensors, slot):
+    a, b = _factors(tensors)
+    pad = slot.width - a.shape[1]
     return cls(
         a=jnp.pad(jnp.asarray(a, jnp.float32), ((0, 0), (0, pad))),
-        b=jnp.pad(jnp.asarray(b, jnp.float32), ((0, pad), (0, 0))), **frozen)
+        b=jnp.pad(jnp.asarray(b, jnp.float32), ((0, pad), (0, 0))),
+        **slot.values())
+
+  @classmethod
+  def peft_rank(cls, tensors):
+    name = "lora_embedding_A"
+    return tensors[name if name in tensors else "lora_A.weight"].shape[0]
 
 
-def init(key, weight, width, frozen, embedding=False, draw=starts.kaiming,
-         given=None):
-  """The adapter of one module before the first step.
+def _factors(tensors):
+  """A `[i, r]` and B `[r, o]` of PEFT's tensors."""
+  if "lora_embedding_A" in tensors:
+    return tensors["lora_embedding_A"].T, tensors["lora_embedding_B"].T
+  return tensors["lora_A.weight"].T, tensors["lora_B.weight"].T
 
-  Args:
-    key: PRNG key of this layer and target.
-    weight: `[i, o]`, array or `quant.QuantizedArray`.
-    width: r of the stack; columns from `frozen["rank"]` on are zero.
-    frozen: the frozen fields' values.
-    embedding: whether the weight is a table, `[v, d]`.
-    draw: `(key, i, o, width, rank) -> (A, B)`; see `starts`.
-    given: (A, B) that were taken out of the weight, instead.
-  """
-  if given is not None:
-    a, b = given
-    return LoRA(a=a, b=b, a0=a, b0=b, **frozen)
-  draw = starts.embedding if embedding else draw
-  a, b = draw(key, *weight.shape[-2:], width, frozen["rank"])
-  return LoRA(a=a, b=b, **frozen)
+
+def init(key, weight, slot, shared=None):
+  """The adapter of one module before the first step; see `starts`."""
+  del shared
+  if slot.given is not None:
+    a, b = slot.given
+    return LoRA(a=a, b=b, a0=a, b0=b, **slot.values())
+  draw = starts.embedding if slot.embedding else slot.start.draw
+  a, b = draw(key, *weight.shape[-2:], slot.width, slot.rank)
+  return LoRA(a=a, b=b, **slot.values())
+
+
+def peft_config(config: config_lib.AdapterConfig) -> dict[str, Any]:
+  """The keys of PEFT's `LoraConfig`."""
+  alpha = float(config.alpha)
+  found: dict[str, Any] = {
+      "r": config.rank,
+      "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+      "lora_dropout": float(config.dropout),
+      "rank_pattern": dict(config.rank_pattern),
+      "alpha_pattern": dict(config.alpha_pattern),
+      "bias": "none",
+      "fan_in_fan_out": False,
+      "init_lora_weights": (
+          True if config.init == "default" else config.init),
+      "use_dora": False,
+      "use_rslora": False,
+  }
+  if config.init == "loftq":
+    found["loftq_config"] = {
+        "loftq_bits": 4, "loftq_iter": config.loftq_iterations}
+  return found
+
+
+def block(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Fields of `AdapterConfig` of a `LoraConfig`."""
+  found = {
+      "rank": int(config["r"]), "alpha": config.get("lora_alpha", 8),
+      "dropout": float(config.get("lora_dropout") or 0.0),
+      "rank_pattern": config.get("rank_pattern") or {},
+      "alpha_pattern": config.get("alpha_pattern") or {}}
+  init = config.get("init_lora_weights", True)
+  if starts.replaces(init):
+    loftq = config.get("loftq_config") or {}
+    found |= {"init": init, "loftq_iterations": loftq.get("loftq_iter", 1)}
+  return found  # Whatever other start it was, only the tensors count now.
+
+
+# PEFT's options that change what is computed, and the values that do not.
+NEUTRAL: dict[str, tuple] = {
+    "bias": ("none",), "fan_in_fan_out": (False,), "lora_bias": (False,),
+    "layer_replication": (None,), "use_qalora": (False,),
+    "target_parameters": (None, []), "alora_invocation_tokens": (None,),
+    "use_bdlora": (None, False),
+    "megatron_config": (None,), "arrow_config": (None,),
+    "velora_config": (None,), "kasa_config": (None,),
+    "monteclora_config": (None,),
+}
+
+
+def form(**requires: Any) -> method.Form:
+  """LoRA's form in PEFT, told from its relatives by `requires`."""
+  return method.Form(
+      peft_type="LORA", config=lambda c: peft_config(c) | requires,
+      block=block, requires=requires, neutral=NEUTRAL)
+
+
+METHOD = method.Method(
+    summary="h = x W0 + (alpha/r) x A B", paper="arXiv 2106.09685",
+    adapter=LoRA, init=init, count="r * (i + o)", embeddings=True,
+    patterns=True, zero_gradients=("a",), form=form(), vllm=True)
+RSLORA = dataclasses.replace(
+    METHOD, summary="h = x W0 + (alpha/sqrt(r)) x A B",
+    paper="arXiv 2312.03732",
+    scale=lambda alpha, r, options: alpha / math.sqrt(r),
+    form=form(use_rslora=True))

@@ -131,6 +131,12 @@ def choose(name: str, loftq_iterations: int = 1) -> Start:
       (("iterations", loftq_iterations),) if row is loftq else ()))
 
 
+def replaces(init: Any) -> bool:
+  """Whether a start of this name replaces weights of the base."""
+  return isinstance(init, str) and (
+      init in DECOMPOSED or bool(NITER.fullmatch(init)))
+
+
 def replace(
     start: Start,
     tree: types.Tree,

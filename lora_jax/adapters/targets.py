@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 import re
+from typing import Any
 
 from lora_jax import errors
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
+# Places that are no projections, but blocks and the input.
+SITES = ("self_attn", "mlp", "prompt")
+NORMS = ("input_layernorm", "post_attention_layernorm",
+         "pre_feedforward_layernorm", "post_feedforward_layernorm",
+         "q_norm", "k_norm", "norm")
 PRESETS = {
     "all-linear": ATTENTION + MLP,
     "attention": ATTENTION,
@@ -17,6 +23,32 @@ PRESETS = {
     "qkv_proj": ATTENTION[:3],
     "gate_up_proj": MLP[:2],
 }
+
+
+def open_to(
+    paths: Mapping[str, Sequence[str]], row: Any, method: str
+) -> dict[str, Sequence[str]]:
+  """The part of `paths` that a method can adapt.
+
+  Args:
+    paths: of all places, by target.
+    row: the method's row of the registry.
+    method: its name, for errors.
+
+  Raises:
+    errors.UsageError: if the model has none of its places.
+  """
+  if row.sites:
+    found = {name: p for name, p in paths.items() if name in row.sites}
+  else:
+    found = {name: p for name, p in paths.items()
+             if name not in SITES + NORMS
+             and (row.embeddings or name != "embed_tokens")}
+  if not found:
+    raise errors.UsageError(
+        f"adapter.method={method} adapts {', '.join(row.sites)}, which this "
+        "model lacks; choose another method")
+  return found
 
 
 def select(
@@ -48,7 +80,7 @@ def select(
   """
   depth = max(len(p) for p in paths.values())
   wanted = _layers(layers, depth)
-  tests = _tests(targets)
+  tests = _tests(targets, paths)
   hits = {name: [False] * len(p) for name, p in paths.items()}
   for text, test in tests:
     found = False
@@ -66,7 +98,7 @@ def select(
   return {name: flags for name, flags in hits.items() if any(flags)}
 
 
-def _tests(targets):
+def _tests(targets, paths):
   if isinstance(targets, str):
     if targets not in PRESETS and not re.fullmatch(r"[\w.,\s-]*", targets):
       try:
@@ -77,7 +109,9 @@ def _tests(targets):
             f"({error})") from None
       return [(targets, lambda path: pattern.fullmatch(path) is not None)]
     targets = [t.strip() for t in targets.split(",") if t.strip()]
-  names = [n for t in targets for n in PRESETS.get(t, (t,))]
+  # The block `mlp`, for methods that adapt blocks; else its projections.
+  names = [n for t in targets
+           for n in ((t,) if t in paths else PRESETS.get(t, (t,)))]
   if not names:
     raise errors.UsageError(
         "adapter.targets is empty; name modules, or use all-linear")

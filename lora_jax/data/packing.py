@@ -112,7 +112,9 @@ def fill(
             f"row {r} holds more than max_length={max_length} tokens")
       here = slice(at, at + n)
       tokens[r, here] = encoded[i].tokens
-      targets[r, at:at + n - 1] = encoded[i].tokens[1:]
+      # Virtual tokens have ids that no logit is of, and weight 0.
+      targets[r, at:at + n - 1] = np.where(
+          encoded[i].tokens[1:] < 0, pad_id, encoded[i].tokens[1:])
       weights[r, at:at + n - 1] = encoded[i].weights[1:]
       positions[r, here] = np.arange(n)
       segments[r, here] = segment

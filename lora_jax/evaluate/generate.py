@@ -18,9 +18,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
+from lora_jax import adapters as adapters_lib
 from lora_jax import errors
 from lora_jax import mesh as mesh_lib
 from lora_jax import types
+from lora_jax.data import virtual
 from lora_jax.evaluate import decoding
 from lora_jax.evaluate import sampling as sampling_lib
 from lora_jax.kernels import attention as attention_lib
@@ -100,6 +102,8 @@ def generate(
   if not prompts:
     return []
   _check(model, prompts)
+  ahead = virtual.ids(adapters_lib.virtual_tokens(adapters)).tolist()
+  prompts = [ahead + list(prompt) for prompt in prompts]
   dtype = jnp.dtype(dtype).name
   base, adapters = decoding.prepared(base, adapters, dtype, mesh)
   n, b = len(prompts), bucket(len(prompts), 1)

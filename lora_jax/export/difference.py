@@ -16,8 +16,6 @@ import numpy as np
 
 from lora_jax import mesh as mesh_lib
 from lora_jax.adapters import base as base_lib
-from lora_jax.adapters import config as config_lib
-from lora_jax.adapters import starts
 
 
 def convert(
@@ -54,26 +52,3 @@ def convert(
           k: 2 * v for k, v in config["rank_pattern"].items()},
       "alpha_pattern": {
           k: ratio * v for k, v in config["alpha_pattern"].items()}}
-
-
-def loftq(config: config_lib.AdapterConfig) -> dict[str, Any]:
-  """What `init_lora_weights="loftq"` needs beside it."""
-  if config.init != "loftq":
-    return {}
-  return {"loftq_config": {
-      "loftq_bits": 4, "loftq_iter": config.loftq_iterations}}
-
-
-def start(config: Mapping[str, Any]) -> dict[str, Any]:
-  """The fields of `AdapterConfig` that say where A and B started."""
-  init = config.get("init_lora_weights", True)
-  if not replaces(init):
-    return {}  # Whatever it was, only the tensors count now.
-  loftq = config.get("loftq_config") or {}
-  return {"init": init, "loftq_iterations": loftq.get("loftq_iter", 1)}
-
-
-def replaces(init: Any) -> bool:
-  """Whether `init_lora_weights` changed the base weights, as we can too."""
-  return isinstance(init, str) and (
-      init in starts.DECOMPOSED or bool(starts.NITER.fullmatch(init)))

@@ -105,6 +105,21 @@ def join(
           metadata if blocks else {})
 
 
+def refuse(named: Tensors, fused: Fused) -> None:
+  """Raises if parts of fused modules have tensors that cannot be joined.
+
+  Raises:
+    errors.UserError: names the first.
+  """
+  for whole, sizes in fused.items():
+    for path in sizes:
+      if any(n.startswith(f"{PREFIX}{path}.") for n in named):
+        raise errors.UserError(
+            f"{path}: PEFT has this method on {_last(whole)} only, and what "
+            "was trained on its parts cannot be joined to one; use "
+            "--format=hf, or adapt other modules")
+
+
 def split(
     named: Tensors,
     config: Mapping[str, Any],

@@ -32,6 +32,7 @@ from lora_jax import mesh as mesh_lib
 from lora_jax import processes
 from lora_jax import quant
 from lora_jax import types
+from lora_jax.adapters import targets as targets_lib
 from lora_jax.export import folders
 from lora_jax.export import tensors as tensors_lib
 from lora_jax.models import config as config_lib
@@ -70,12 +71,50 @@ def merged(
   errors.choose("dtype", dtype, DTYPES)
   adapters = adapters or adapters_lib.Adapters()
   base = decoder.combined(base, adapters)
+  model, base = _mergeable(model, base, adapters)
   if model.tie_embeddings and not all(
-      a.follows_tie for a in adapters.outer.values()):
+      adapters.outer[name].follows_tie for name in ("embed_tokens", "lm_head")
+      if name in adapters.outer):
     model = dataclasses.replace(model, tie_embeddings=False)
     base = dataclasses.replace(
         base, lm_head=decoder.Linear(weight=base.embed_tokens.T))
   return model, _tensors(model, base, adapters, dtype)
+
+
+def _mergeable(model, base, adapters):
+  """The two, with the biases that adapters have where the base has none.
+
+  Raises:
+    errors.UserError: if an adapter is no change of weights.
+  """
+  layers = dict(base.layers)
+  for name, adapter in {**adapters.layers, **adapters.outer}.items():
+    if name in targets_lib.SITES:
+      raise errors.UserError(
+          f"{type(adapter).__name__} stands beside the weights, and cannot be "
+          "merged into them; use --format=peft")
+    module = layers.get(name)
+    if getattr(module, "bias", 0) is None and jax.eval_shape(
+        jax.vmap(lambda a: a.bound(adapters.shared).shift(None)),
+        adapter) is not None:
+      zeros = jnp.zeros((model.n_layers, module.weight.shape[-1]))
+      layers[name] = dataclasses.replace(module, bias=zeros)
+  if all(layers[n] is base.layers[n] for n in layers):
+    return model, base
+  wanted = {n for n in layers if layers[n] is not base.layers[n]}
+  try:
+    model = model.with_biases(wanted)
+  except ValueError as error:
+    raise errors.UserError(
+        f"{', '.join(sorted(wanted))} got a bias, which {error}; use "
+        "--format=peft") from None
+  # One flag stands for several modules, which all need one.
+  for slot in hf.slots(model):
+    module = layers.get(slot.target)
+    if slot.leaf == "bias" and getattr(module, "bias", 0) is None:
+      layers[slot.target] = dataclasses.replace(
+          module, bias=jnp.zeros((model.n_layers, module.weight.shape[-1])))
+  return model, dataclasses.replace(base, layers=layers)
 
 
 def _tensors(model, base, adapters, dtype):
@@ -86,7 +125,8 @@ def _tensors(model, base, adapters, dtype):
       values = []
       for slot, (leaf, adapter) in zip(parts, pairs, strict=True):
         value, finite = _merge(
-            leaf, adapter, layer, dtype=dtype, transpose=slot.linear)
+            leaf, adapter, adapters.shared, layer, dtype=dtype,
+            transpose=slot.linear, bias=slot.leaf == "bias")
         if not finite:
           raise errors.UserError(
               f"{name}: the merged weight is not finite in {dtype}; use "
@@ -103,18 +143,22 @@ def _pair(base, adapters, slot):
   linear = isinstance(holder, decoder.Linear)
   where = adapters.layers if slot.stacked else adapters.outer
   return (getattr(holder, slot.leaf) if linear else holder,
-          where.get(slot.target) if slot.leaf == "weight" else None)
+          where.get(slot.target))
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "transpose"))
-def _merge(leaf, adapter, layer, *, dtype, transpose):
+@functools.partial(jax.jit, static_argnames=("dtype", "transpose", "bias"))
+def _merge(leaf, adapter, shared, layer, *, dtype, transpose, bias):
   if layer is not None:
     leaf, adapter = jax.tree.map(
         lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False),
         (leaf, adapter))
   leaf = host_lib.on_device(leaf)
-  value = (quant.dequantize(leaf, jnp.float32) if adapter is None
-           else adapter.merge(leaf)).astype(dtype)
+  if adapter is None:
+    value = quant.dequantize(leaf, jnp.float32)
+  else:
+    adapter = adapter.bound(shared)
+    value = adapter.shift(leaf) if bias else adapter.merge(leaf)
+  value = value.astype(dtype)
   return value.T if transpose else value, jnp.isfinite(value).all()
 
 

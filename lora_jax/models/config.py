@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 import dataclasses
 from typing import Any
 
@@ -56,6 +57,23 @@ class RopeConfig:
     """How many of a head's e dimensions are rotated."""
     return int(head_dim * self.partial)
 
+  def with_biases(self, targets: Collection[str]) -> ModelConfig:
+    """A model of the same family whose projections `targets` have a bias.
+
+    Raises:
+      ValueError: if transformers' models of the family have none there.
+    """
+    flags = {}
+    for names, allowed, fields in (
+        (("q_proj", "k_proj", "v_proj", "o_proj"), ATTENTION_BIAS,
+         ("qkv_bias", "o_bias")),
+        (("gate_proj", "up_proj", "down_proj"), MLP_BIAS, ("mlp_bias",))):
+      if set(names) & set(targets):
+        if self.family not in allowed:
+          raise ValueError(f"{self.family} models do not have in transformers")
+        flags |= dict.fromkeys(fields, True)
+    return dataclasses.replace(self, **flags)
+
   def to_hf(self) -> dict[str, Any]:
     """`rope_parameters` of transformers 5."""
     hf: dict[str, Any] = {"rope_type": self.type, "rope_theta": self.theta}
@@ -80,6 +98,11 @@ class RopeConfig:
       if self.attention_factor is not None:
         hf["attention_factor"] = self.attention_factor
     return hf
+
+
+# Families whose models in transformers may have biases there.
+ATTENTION_BIAS = ("llama", "qwen3", "gemma2", "gemma3_text")
+MLP_BIAS = ("llama",)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lora_jax import adapters as adapters_lib
@@ -138,6 +139,12 @@ def layer(
         [None if noise is None else noise.for_target(name) for name in names],
         context.join, keep)
 
+  def one(x, name):
+    found, = project(x, name)
+    return found
+
+  block, mlp_block = adapters.get("self_attn"), adapters.get("mlp")
+
   def kept(name, y, keep=keep):
     """An output of `name`_proj, unless what it is made of is kept."""
     if adapters_lib.keeps_sum(adapters.get(f"{name}_proj"), noise):
@@ -146,8 +153,11 @@ def layer(
 
   def norm(x, name):
     return layers_lib.rms_norm(
-        x, weights[name], config.norm_eps, config.norm_offset,
-        apart=context.join)
+        x, _norm_scale(weights[name], adapters.get(name)), config.norm_eps,
+        config.norm_offset, apart=context.join)
+
+  def draw(name):
+    return None if noise is None else noise.for_target(name)
 
   def heads(y, norm_name):
     y = y.reshape(b, t, -1, config.head_dim)
@@ -168,12 +178,21 @@ def layer(
            context.kv_segments, window)
   how: dict[str, Any] = dict(
       scale=config.attn_scale, softcap=config.attn_softcap)
+  ahead = None if block is None else block.prefix()
+  if ahead is not None:
+    cached, where = _with_prefix(ahead, cached, where, k)
   if cached is None:
     o = attention_lib.attention(
         q, k, v, *where, options=context.attention, keep=keep, **how)
   else:
     o = attention_lib.cached_attention(q, k, v, cached, *where, **how)
-  o, = project(o.reshape(b, t, -1), "o_proj")
+  if block is not None:
+    scale = config.attn_scale
+    o = block.attended(
+        q, o, one, config.head_dim ** -0.5 if scale is None else scale)
+  o = one(o.reshape(b, t, -1), "o_proj")
+  if block is not None:
+    o = block.residual(x, o, draw("self_attn"))
   if config.post_norms:
     o = norm(keep("o_out", o), "post_attention_layernorm")
   mid = keep("mid", hidden + o)
@@ -185,12 +204,46 @@ def layer(
     gate, up = kept("gate", gate, keep), kept("up", up, keep)
     activate = layers_lib.ACTIVATIONS[config.activation]
     out, = project(activate(gate) * up, "down_proj", noise=noise, keep=keep)
+    if mlp_block is not None:
+      out = mlp_block.residual(
+          x, out, None if noise is None else noise.for_target("mlp"))
     return out
 
   out = tiles.over_tokens(mlp, x, noise, context.mlp_tiles, keep)
   if config.post_norms:
     out = norm(keep("down_out", out), "post_feedforward_layernorm")
   return mid + out, (k, v)
+
+
+def _norm_scale(weight, adapter):
+  return weight if adapter is None else adapter.merge(weight)
+
+
+def _with_prefix(ahead, cached, where, k):
+  """(keys and values before the queries' own, where all are), with a prefix.
+
+  Args:
+    ahead: keys and values `[n, k, e]`, at positions -n ... -1, and whether
+      they are seen.
+    cached: see `layer`.
+    where: positions and segments of queries and of cached keys; the window.
+    k: the tokens' own keys `[b, t, k, e]`.
+  """
+  q_positions, kv_positions, q_segments, kv_segments, window = where
+  b, n = k.shape[0], ahead[0].shape[0]
+  pair = tuple(
+      jnp.broadcast_to(x.astype(k.dtype).swapaxes(0, 1)[None],
+                       (b, k.shape[2], n, k.shape[3])) for x in ahead[:2])
+  positions = jnp.broadcast_to(jnp.arange(-n, 0, dtype=jnp.int32), (b, n))
+  segments = jnp.broadcast_to(
+      jnp.where(ahead[2], attention_lib.EVERY, 0), (b, n)).astype(jnp.int32)
+  if cached is None:
+    return pair, (q_positions, positions, q_segments, segments, window)
+  return tuple(
+      jnp.concatenate([x, old.astype(x.dtype)], 2)
+      for x, old in zip(pair, cached, strict=True)), (
+          q_positions, jnp.concatenate([positions, kv_positions], 1),
+          q_segments, jnp.concatenate([segments, kv_segments], 1), window)
 
 
 def forward(
@@ -249,9 +302,13 @@ def forward(
   windows = config.windows()
   capacity = None if cache is None else cache.capacity
 
+  # Tokens stand after a prefix; only their turns show it.
+  ahead = _prefix_length(adapters)
+
   def turns(which):
     return rope.tables(
-        which, config.head_dim, positions, segment_ids, capacity)
+        which, config.head_dim, positions + ahead, segment_ids,
+        None if capacity is None else capacity + ahead)
 
   cos, sin = turns(config.rope)
   local = windows is not None and config.local_rope
@@ -264,13 +321,18 @@ def forward(
       join=_joins(dtype, mesh, cache),
       mlp_tiles=mlp_tiles)
 
+  common, known = adapters_lib.split(adapters.shared)
+
   def body(shared, hidden, xs, keep):
-    context, noise = shared
-    index, weights, layer_adapters, window, cached = xs
+    context, noise, known = shared
+    index, weights, layer_adapters, window, cached, common = xs
     draw = None if noise is None else noise.at_layer(index)
     weights = sharding.housed(mesh, sharding.gathered(mesh, weights, dtype))
     weights = fp8.marked(weights, frozen_matmul, trained)
     layer_adapters = sharding.gathered(mesh, layer_adapters)
+    common = adapters_lib.join(common, known)
+    layer_adapters = {name: one.bound(common)
+                      for name, one in layer_adapters.items()}
     if sharding.gathers(mesh):
       # The joint buffer would be cut as the norms of its columns are, and
       # gathered again, in floats.
@@ -294,6 +356,9 @@ def forward(
       adapters.layers,
       None if windows is None else jnp.asarray(windows, jnp.int32),
       None if read is None else (read.k, read.v),
+      # What all layers train has a gradient from each: a stack of its copies.
+      jax.tree.map(lambda x: jnp.broadcast_to(
+          x, (config.n_layers, *x.shape)), common),
   )
   # Looked up where the parts of the table are, then exchanged: what is looked
   # up is less than the table.
@@ -303,7 +368,8 @@ def forward(
     # transformers rounds it too: 55.5 for sqrt(3072) in bfloat16.
     hidden = hidden * jnp.asarray(config.embed_scale, dtype)
   hidden, new = stream.scan(
-      body, (context, noise), sharding.rows(mesh, hidden), xs, remat=remat,
+      body, (context, noise, known), sharding.rows(mesh, hidden), xs,
+      remat=remat,
       gathers=sharding.gathers(mesh), spill=spill)
   if read is not None:
     cache = cache_lib.append(read, new, positions, segment_ids)
@@ -311,7 +377,8 @@ def forward(
     cache, _ = cache_lib.extend(cache, positions, segment_ids)
     cache = dataclasses.replace(cache, k=new[0], v=new[1])
   return layers_lib.rms_norm(
-      hidden, base.norm, config.norm_eps, config.norm_offset), cache
+      hidden, _norm_scale(base.norm, adapters.outer.get("norm")),
+      config.norm_eps, config.norm_offset), cache
 
 
 def unembed(
@@ -338,7 +405,7 @@ def unembed(
     head = Linear(weight=base.embed_tokens.T)
   draw = None if noise is None else noise.for_target("lm_head")
   logits, = _linears(
-      hidden, [head], [adapters.outer.get("lm_head")], [draw])
+      hidden, [head], [adapters_lib.module(adapters, "lm_head", None)], [draw])
   embedding = adapters.outer.get("embed_tokens")
   if config.tie_embeddings and embedding is not None:
     logits = embedding.tied_logits(hidden, logits)
@@ -376,11 +443,28 @@ def _trained(adapters):
 
 
 def _embed(base, adapters, tokens, dtype):
-  adapter = adapters.outer.get("embed_tokens")
+  adapter = adapters_lib.module(adapters, "embed_tokens", None)
+  prompt = adapters_lib.module(adapters, "prompt", None)
+  known = tokens if prompt is None else jnp.maximum(tokens, 0)
   if adapter is not None:
-    return adapter.lookup(tokens, base.embed_tokens).astype(dtype)
-  # Rows first: casting the table would cost a second one.
-  return jnp.take(base.embed_tokens, tokens, axis=0).astype(dtype)
+    found = adapter.lookup(known, base.embed_tokens).astype(dtype)
+  else:
+    # Rows first: casting the table would cost a second one.
+    found = jnp.take(base.embed_tokens, known, axis=0).astype(dtype)
+  if prompt is None:
+    return found
+  # Virtual tokens are numbered -1, -2, ...
+  rows = jnp.take(prompt.virtual(), jnp.maximum(-1 - tokens, 0), axis=0)
+  return jnp.where((tokens < 0)[..., None], rows.astype(dtype), found)
+
+
+def _prefix_length(adapters) -> int:
+  """Keys before every segment's own."""
+  block = adapters.layers.get("self_attn")
+  if block is None:
+    return 0
+  ahead = jax.eval_shape(jax.vmap(lambda one: one.prefix()), block)
+  return 0 if ahead is None else ahead[0].shape[1]
 
 
 def _joins(dtype, mesh, cache) -> bool:
@@ -396,5 +480,7 @@ def _joins(dtype, mesh, cache) -> bool:
 def _linears(x, linears, adapters, noise, join=False, keep=keep_lib.named):
   found = adapters_lib.project_all(
       x, [one.weight for one in linears], adapters, noise, join, keep)
-  return [y if one.bias is None else y + one.bias.astype(y.dtype)
-          for y, one in zip(found, linears, strict=True)]
+  biases = [one.bias if adapter is None else adapter.shift(one.bias)
+            for one, adapter in zip(linears, adapters, strict=True)]
+  return [y if bias is None else y + bias.astype(y.dtype)
+          for y, bias in zip(found, biases, strict=True)]

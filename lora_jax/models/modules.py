@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+from lora_jax.adapters import base as base_lib
 from lora_jax.models import config as config_lib
 from lora_jax.models import hf
 
+# Blocks of a layer, which an adapter may stand in or beside.
+BLOCKS = ("self_attn", "mlp")
+# The input, which is no module.
+INPUT = "prompt"
+
 
 def paths(config: config_lib.ModelConfig) -> dict[str, list[str]]:
-  """Paths of a model's projections and outer modules, by target."""
+  """Paths of all places that can be adapted, by target."""
   found = {}
   for slot in hf.slots(config):
-    if slot.leaf == "weight" and len(slot.shape) == 2:
+    if slot.leaf == "weight":
       layers = range(config.n_layers) if slot.stacked else (None,)
       found[slot.target] = [
           hf.hf_name(layer, slot.target, "") for layer in layers]
-  return found
+  return found | {
+      block: [f"model.layers.{layer}.{block}"
+              for layer in range(config.n_layers)] for block in BLOCKS
+  } | {INPUT: [INPUT]}
+
+
+def geometry(config: config_lib.ModelConfig) -> base_lib.Geometry:
+  """A model's sizes, as methods are told of them."""
+  return base_lib.Geometry(
+      d=config.d_model, f=config.d_ff, h=config.n_heads, k=config.n_kv_heads,
+      e=config.head_dim, l=config.n_layers, v=config.vocab_size)
 
 
 def shapes(
-    config: config_lib.ModelConfig) -> dict[str, tuple[int, int]]:
-  """(in, out) of the same; an embedding's are (v, d)."""
+    config: config_lib.ModelConfig) -> dict[str, tuple[int, ...]]:
+  """(in, out) of projections, (v, d) of an embedding, (d,) of norms."""
   return {
       slot.target: slot.shape if slot.target == "embed_tokens"
       else slot.shape[::-1]
-      for slot in hf.slots(config)
-      if slot.leaf == "weight" and len(slot.shape) == 2}
+      for slot in hf.slots(config) if slot.leaf == "weight"
+  } | dict.fromkeys((*BLOCKS, INPUT), ())

@@ -18,7 +18,7 @@ from lora_jax import errors
 from lora_jax import struct
 from lora_jax import trees
 from lora_jax import types
-from lora_jax.adapters import base as base_lib
+from lora_jax.adapters import partition
 from lora_jax.train import adam8bit
 
 
@@ -191,7 +191,7 @@ def _scale_by_rates(values: Hyper) -> optax.GradientTransformation:
       return update * (rate if group is None else rate * getattr(values, group))
 
     return jax.tree.map(
-        scale, base_lib.rate_groups(updates), matrices, updates,
+        scale, partition.rate_groups(updates), matrices, updates,
         is_leaf=lambda x: x is None)
 
   return optax.stateless(update)

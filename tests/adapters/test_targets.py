@@ -7,8 +7,8 @@ import re
 import pytest
 
 from lora_jax import errors
+from lora_jax.adapters import assemble
 from lora_jax.adapters import config as config_lib
-from lora_jax.adapters import registry
 from lora_jax.adapters import targets
 from lora_jax.models import config as model_config
 from tests import tiny
@@ -75,7 +75,7 @@ def test_ranks_alphas_and_scales_by_pattern():
       method="rslora", rank=4, alpha=8.0, targets="q_proj,k_proj",
       rank_pattern={"k_proj": 16, r"layers\.1\.self_attn\.k_proj": 2},
       alpha_pattern={r"1\.self_attn\.q_proj": 2.0})
-  placed = registry.place(block, PATHS)
+  placed = assemble.place(block, PATHS)
   # The first key that matches wins, as in PEFT: k_proj everywhere.
   assert placed["k_proj"].rank.tolist() == [16] * 12
   assert placed["k_proj"].scale.tolist() == [2.0] * 12
@@ -97,4 +97,4 @@ def test_ranks_alphas_and_scales_by_pattern():
 ])
 def test_values_out_of_range_are_named(fields, message):
   with pytest.raises(errors.UsageError, match=re.escape(message)):
-    registry.place(config_lib.AdapterConfig(**fields), PATHS)
+    assemble.place(config_lib.AdapterConfig(**fields), PATHS)

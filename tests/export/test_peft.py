@@ -251,7 +251,7 @@ REFUSED = {
     "fan_in_fan_out": (True, "fan_in_fan_out"),
     "use_qalora": (True, "use_qalora"),
     "use_bdlora": ({"a": 1}, "use_bdlora"),
-    "peft_type": ("LOHA", 'peft_type="LOHA".*supported: LORA'),
+    "peft_type": ("OSFT", 'peft_type="OSFT".*supported: .*LORA'),
     "init_lora_weights": ("corda", "'corda' changed the base"),
     "r": ("many", "adapter_config.json is damaged"),
 }

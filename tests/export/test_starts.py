@@ -14,6 +14,7 @@ from lora_jax import adapters as adapters_lib
 from lora_jax import api
 from lora_jax import errors
 from lora_jax import quant
+from lora_jax.data import formats
 from lora_jax.export import peft as peft_export
 from lora_jax.models import init
 from tests import tiny
@@ -211,7 +212,7 @@ def test_donating_gives_the_same(models, folder):
 
 def test_a_checkpoint_is_refused_beside_another_base(models, tmp_path):
   rows = models["nf4"].encode(
-      [api.formats.Example(text="abcdefgh", source="x")] * 2, max_length=16)
+      [formats.Example(text="abcdefgh", source="x")] * 2, max_length=16)
   config = api.TrainConfig(steps=1, batch_size=1)
 
   def train(scale):

@@ -37,7 +37,7 @@ from lora_jax.train import checkpoint
 from lora_jax.train import optim
 from lora_jax.train import step
 from tests import tiny
-from tests.adapters import test_contract as contract
+from tests.adapters import contract
 
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 4, 2),
           "mixed": (2, 2, 2)}

@@ -18,7 +18,7 @@ from lora_jax import trees
 from lora_jax.models import remat
 from lora_jax.models import stream
 from lora_jax.train import step as step_lib
-from tests.adapters import test_contract as contract
+from tests.adapters import contract
 
 KEY = jax.random.key(5)
 L, B, D = 4, 8, 16

@@ -19,7 +19,8 @@ from lora_jax.models import hf
 from lora_jax.train import checkpoint
 from lora_jax.train import optim
 from lora_jax.train import step
-from tests.adapters import test_contract as contract
+from tests import tiny
+from tests.adapters import contract
 
 EVERY = tuple(host_lib.KINDS)
 
@@ -138,7 +139,7 @@ def test_adapters_start_from_a_base_in_host_memory():
   base, _ = contract.built("dora", "nf4")
   config = dataclasses.replace(
       contract.block("dora"), targets="q_proj,down_proj", rank_pattern={})
-  paths = contract.tiny.paths(contract.CONFIG)
+  paths = tiny.paths(contract.CONFIG)
   _, ours = adapters_lib.build(
       jax.random.key(1), config, host_lib.placed(base), paths)
   _, theirs = adapters_lib.build(jax.random.key(1), config, base, paths)
@@ -157,4 +158,4 @@ def test_weights_that_change_cannot_be_away(fields):
   with pytest.raises(errors.UsageError, match=r"compute\.offload"):
     adapters_lib.build(
         jax.random.key(1), config, host_lib.placed(contract.quantised("nf4")),
-        contract.tiny.paths(contract.CONFIG), lambda *_: None)
+        tiny.paths(contract.CONFIG), lambda *_: None)

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from lora_jax import types
 from lora_jax.kernels.attention import base
 
+# The segment of keys that every segment sees.
+EVERY = -1
+
 
 def visible(
     q_positions: types.Array,
@@ -18,8 +21,9 @@ def visible(
 ) -> types.Array:
   """The one mask rule, for padded, packed and cached rows.
 
-  A query sees a key iff both are of the same segment, which is not padding,
-  the key is not later, and it is less than `window` positions back.
+  A query sees a key iff both are of the same segment, which is not padding
+  (or the key belongs to `EVERY` one), the key is not later, and it is less
+  than `window` positions back.
 
   Args:
     q_positions: `[b, t]`.
@@ -33,6 +37,7 @@ def visible(
   """
   back = q_positions[:, :, None] - kv_positions[:, None, :]
   same = q_segments[:, :, None] == kv_segments[:, None, :]
+  same |= (kv_segments == EVERY)[:, None, :]
   mask = same & (kv_segments != 0)[:, None, :] & (back >= 0)
   return mask if window is None else mask & (back < window)
 

@@ -1,14 +1,4 @@
-"""Load, adapt, train, generate: the whole of lora_jax in one class.
-
-  model = api.load("HuggingFaceTB/SmolLM2-135M-Instruct", quant="nf4")
-  model = model.adapt(method="dora", rank=16)
-  rows = model.encode(api.read("train.jsonl"), max_length=512)
-  model, result = model.train(rows[100:], rows[:100], workdir="runs/mine")
-  print(model.chat(["Write a haiku about frozen weights."])[0])
-  model.save("adapter")
-
-A `Model` is immutable: every method returns a new one.
-"""
+"""A model with what may be done with it, as one class."""
 
 from __future__ import annotations
 
@@ -23,18 +13,15 @@ import numpy as np
 
 from lora_jax import adapters as adapters_lib
 from lora_jax import errors
-from lora_jax import host as host_lib
 from lora_jax import mesh as mesh_lib
-from lora_jax import quant as quant_lib
 from lora_jax import types
+from lora_jax.adapters import assemble
 from lora_jax.adapters import base as base_lib
-from lora_jax.adapters import registry
 from lora_jax.data import dataset as dataset_lib
 from lora_jax.data import formats
 from lora_jax.data import pipeline
-from lora_jax.data import sources
 from lora_jax.data import templates
-from lora_jax.data import tokenizer as tokenizer_lib
+from lora_jax.data import virtual
 from lora_jax.evaluate import generate as generate_lib
 from lora_jax.evaluate import perplexity
 from lora_jax.export import difference as difference_lib
@@ -42,26 +29,18 @@ from lora_jax.export import hf as hf_export
 from lora_jax.export import peft
 from lora_jax.export import whole
 from lora_jax.kernels import attention as attention_lib
-from lora_jax.models import base_cache
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
 from lora_jax.models import hf
 from lora_jax.models import load as load_lib
 from lora_jax.models import modules
-from lora_jax.models import resize
 from lora_jax.models import sharding
-from lora_jax.models import size
-from lora_jax.train import footprint
 from lora_jax.train import loop
 from lora_jax.train import memory as memory_lib
 from lora_jax.train import optim as optim_lib
 from lora_jax.train import precision as precision_lib
 from lora_jax.train import sinks as sinks_lib
 from lora_jax.train import step as step_lib
-
-read = sources.read
-TrainConfig = loop.TrainConfig
-OptimConfig = optim_lib.OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +115,8 @@ class Model:
           config, trainable_token_indices=self.new_tokens)
     base, tree = adapters_lib.build(
         jax.random.key(seed), config, self.base, self.paths,
-        load_lib.originals(self.source, self._whole), donate)
+        load_lib.originals(self.source, self._whole), donate,
+        modules.geometry(self.config))
     return self._with(base, tree, config, None)
 
   def _with(self, base, tree, config, text):
@@ -172,7 +152,7 @@ class Model:
     """
     loaded = peft.read(
         pathlib.Path(folder), self.paths, modules.shapes(self.config),
-        hf.fused_modules(self.config))
+        hf.fused_modules(self.config), modules.geometry(self.config))
     if loaded.fingerprint not in (None, self.fingerprint):
       raise errors.UserError(
           f"{folder}: the adapter was trained on a base with fingerprint "
@@ -185,9 +165,9 @@ class Model:
     tree = dataclasses.replace(tree, overrides=overrides)
     config = dataclasses.replace(config, modules_to_save=targets)
     if dropout is not None:
-      tree = base_lib.with_rate(tree, dropout)
+      tree = adapters_lib.with_rate(tree, dropout)
       config = dataclasses.replace(config, dropout=dropout).validate()
-      text = text | {"lora_dropout": dropout}
+      text = peft.with_dropout(text, config)
     base = self.base
     if config.start().decompose is not None:
       base, tree = self._replaced(loaded, tree)
@@ -209,7 +189,7 @@ class Model:
       # the base is known up to that draw. The exact SVD is the limit.
       start = adapters_lib.starts.choose("pissa")
     base, factors = adapters_lib.starts.replace(
-        start, self.base, registry.placements(tree),
+        start, self.base, assemble.placements(tree),
         load_lib.originals(self.source, self._whole))
     return base, adapters_lib.starts.attached(tree, factors)
 
@@ -238,6 +218,7 @@ class Model:
       batch_size: rows at a time, rounded up to what the mesh divides.
     """
     ways = mesh_lib.ways(self.mesh)
+    rows = virtual.ahead(rows, adapters_lib.virtual_tokens(self.adapters))
     return self.row_losses(
         pipeline.eval_batches(rows, -(-batch_size // ways) * ways))
 
@@ -292,6 +273,8 @@ class Model:
     precision_lib.check_frozen_matmul(
         precision.frozen_matmul, self.dtype, self.adapter_config.method)
     params, frozen = adapters_lib.split(self.adapters)
+    longest = max_length or int(rows.lengths.max())
+    ahead = adapters_lib.virtual_tokens(self.adapters)
     if config.steps and not jax.tree.leaves(params):
       raise errors.UsageError(
           f"adapter.method={self.adapter_config.method} trains nothing; set "
@@ -308,8 +291,8 @@ class Model:
     task = loop.Task(
         model=self.config, base=self.base, frozen=frozen,
         batches=pipeline.Batches(
-            rows, config.batch_size, config.accumulation,
-            max_length or int(rows.lengths.max()), packing, seed),
+            virtual.ahead(rows, ahead), config.batch_size,
+            config.accumulation, longest + ahead, packing, seed),
         learning_rates=optim_lib.learning_rates(optim, config.steps),
         optim=optim,
         base_digest=self.replaced,
@@ -427,74 +410,3 @@ class Model:
 
   def _place_batch(self, batch: types.Batch) -> types.Batch:
     return batch if self.mesh is None else mesh_lib.put_batch(self.mesh, batch)
-
-
-def load(
-    path: str, *,
-    quant: str | quant_lib.QuantSpec | None = None,
-    dtype: str = "float32",
-    base_dtype: str = "auto",
-    skip: Sequence[str] = load_lib.SKIP,
-    chat_template: str | None = None,
-    mesh: mesh_lib.MeshConfig | None = None,
-    attention: str = "auto",
-    cache: bool = True,
-    add_tokens: Sequence[str] = (),
-    pad_vocab_multiple: int = 1,
-    offload: Sequence[str] = (),
-    memory: memory_lib.MemoryConfig | None = None,
-) -> Model:
-  """Loads a model and its tokenizer.
-
-  Args:
-    path: a Hugging Face folder, a `.gguf` file, or a hub name.
-    quant: a format's name, or a whole spec; None leaves the checkpoint as it
-      is. One that comes quantised keeps its own codes; "none" dequantises.
-    dtype: compute type, one of `precision.COMPUTE`.
-    base_dtype: of what is not quantised; "auto" is `dtype`.
-    skip: targets that are not quantised.
-    chat_template: Jinja text, if the tokenizer's own is not wanted.
-    mesh: how to spread over devices; all of them by default.
-    attention: what computes attention; `auto` takes the fastest that can.
-    cache: whether the converted base is taken from, and kept in, the cache
-      folder; see `models.base_cache`.
-    add_tokens: special tokens to add, e.g. those of a chat template.
-    pad_vocab_multiple: see `models.resize.grow`.
-    offload: keys of `host_lib.KINDS`, what is kept in host memory.
-    memory: of training to come; a base too large for it goes to host memory.
-
-  Raises:
-    errors.UserError: see `models.load.load`.
-  """
-  stored = precision_lib.base_dtype(dtype, base_dtype)
-  errors.choose("compute.attention", attention, attention_lib.CHOICES)
-  if isinstance(quant, str):
-    quant = quant_lib.QuantSpec(format=quant)
-  source = load_lib.open_source(path)
-  devices = mesh_lib.make(mesh or mesh_lib.MeshConfig())
-  spread = devices if devices.size > 1 else None
-  offload = host_lib.check(offload, jax.local_devices()[0])
-  host = "base" in offload or (not offload and footprint.outgrows(
-      memory, lambda: size.nbytes(source, quant, stored, skip, spread)))
-  loaded = base_cache.load(
-      source, quant, stored, skip, root=base_folder() if cache else None,
-      mesh=spread, host=host)
-  tokenizer = tokenizer_lib.load(source.label, chat_template)
-  new = tokenizer_lib.add_tokens(tokenizer, add_tokens) if add_tokens else ()
-  config, base = resize.grow(
-      loaded.config, loaded.base, max(new, default=-1) + 1, pad_vocab_multiple)
-  resized = config is not loaded.config
-  if resized and spread is not None:
-    base = sharding.put(spread, base)
-  return Model(
-      config=config, base=base, tokenizer=tokenizer,
-      fingerprint=loaded.fingerprint, source=path, dtype=dtype, mesh=spread,
-      attention=attention, new_tokens=tuple(new), resized=resized,
-      offload=offload)
-
-
-def base_folder() -> pathlib.Path:
-  """Where converted bases are kept: `bases` in the cache folder."""
-  from third_party import assets
-
-  return assets.cache_dir() / "bases"

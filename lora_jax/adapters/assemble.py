@@ -1,0 +1,231 @@
+"""How a whole adapter tree is built from a config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+from typing import Any
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import errors
+from lora_jax import host as host_lib
+from lora_jax import types
+from lora_jax.adapters import base
+from lora_jax.adapters import config as config_lib
+from lora_jax.adapters import partition
+from lora_jax.adapters import registry
+from lora_jax.adapters import saved
+from lora_jax.adapters import starts
+from lora_jax.adapters import targets
+from lora_jax.adapters import tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """Ranks and scales of one target's modules, one entry a layer."""
+
+  rank: np.ndarray  # int32, 0 where a layer is not adapted
+  scale: np.ndarray  # float32
+  rate: np.ndarray  # float32
+
+  @property
+  def width(self) -> int:
+    return int(self.rank.max())
+
+  def frozen(self) -> dict[str, np.ndarray]:
+    return {"rank": self.rank, "scale": self.scale, "rate": self.rate}
+
+
+def place(
+    config: config_lib.AdapterConfig, paths: Mapping[str, Sequence[str]]
+) -> dict[str, Placement]:
+  """Which modules are adapted, at which rank and scale.
+
+  Args:
+    config: the adapter block.
+    paths: module paths by target (see `targets.select`).
+
+  Returns:
+    A placement for each target that is adapted.
+
+  Raises:
+    errors.UsageError: for an unknown method, target or pattern, or a bad
+      value.
+  """
+  row = registry.method(config.method)
+  config = registry.checked(config)
+  names = row.targets if config.targets == "auto" else config.targets
+  chosen = targets.select(
+      targets.open_to(paths, row, config.method), names, config.layers)
+  adapted = [path for name, flags in chosen.items()
+             for path, flag in zip(paths[name], flags, strict=True) if flag]
+  for field in ("rank_pattern", "alpha_pattern"):
+    if getattr(config, field) and not row.patterns:
+      raise errors.UsageError(
+          f"adapter.{field}: adapter.method={config.method} has one rank for "
+          "all modules, or none; leave it empty")
+    for key in getattr(config, field):
+      if not any(config_lib.by_pattern(p, {key: True}, False)
+                 for p in adapted):
+        raise errors.UsageError(
+            f'adapter.{field}: "{key}" matches no adapted module'
+            f"{errors.nearest(key, chosen)}")
+  placements = {}
+  for name, flags in chosen.items():
+    ranks, scales = [], []
+    for path, flag in zip(paths[name], flags, strict=True):
+      r = config_lib.by_pattern(path, config.rank_pattern, config.rank)
+      r = r if row.ranked else 1
+      alpha = config_lib.by_pattern(path, config.alpha_pattern, config.alpha)
+      ranks.append(r if flag else 0)
+      scales.append(row.scale(alpha, r, config.options) if flag else 0.0)
+    placements[name] = Placement(
+        np.asarray(ranks, np.int32), np.asarray(scales, np.float32),
+        np.full(len(ranks), config.dropout, np.float32))
+  return placements
+
+
+def placements(adapters: base.Adapters) -> dict[str, Placement]:
+  """`place`'s answer for adapters that are there."""
+  both = jax.device_get({**adapters.layers, **adapters.outer})
+
+  def values(adapter, name):
+    # A method may have no scale, or no dropout.
+    found = getattr(adapter, name, 0 * adapter.rank)
+    return np.atleast_1d(found)
+
+  return {name: Placement(*(values(a, field) for field in (
+      "rank", "scale", "rate")))
+          for name, a in both.items() if hasattr(a, "rank")}
+
+
+def build(
+    key: jax.Array,
+    config: config_lib.AdapterConfig,
+    tree: types.Tree,
+    paths: Mapping[str, Sequence[str]],
+    originals: starts.Originals | None = None,
+    donate: bool = False,
+    geometry: base.Geometry | None = None,
+    stats: Mapping[str, Any] | None = None,
+) -> tuple[types.Tree, base.Adapters]:
+  """(base, adapters) for a config: the start of a run.
+
+  Args:
+    key: PRNG key; each module folds in its target and layer.
+    config: the adapter block.
+    tree: the base: `layers[target].weight` stacked, `embed_tokens`, `lm_head`.
+    paths: module paths by target, outer ones (`embed_tokens`, `lm_head`) too.
+    originals: see `starts.replace`.
+    donate: see `starts.replace`.
+    geometry: the model's sizes; methods that adapt no projection need them.
+    stats: by target, stacked: what starts that look at data were given.
+
+  Returns:
+    The base, perhaps with weights replaced or removed, and the adapters.
+
+  Raises:
+    errors.UsageError: see `place` and `starts.replace`.
+  """
+  row = registry.method(config.method)
+  if row.build is not None:
+    for field in ("modules_to_save", "trainable_token_indices"):
+      if getattr(config, field):
+        raise errors.UsageError(
+            f"adapter.{field} stands beside adapters, and adapter.method="
+            f"{config.method} makes none; leave it empty, or use lora")
+    return row.build(tree)
+  assert row.init is not None  # A row has one of the two.
+  config = registry.checked(config)
+  start, placed = config.start(), place(config, paths)
+  if "lm_head" in placed:
+    head(tree)
+  given: Mapping[str, Any] = {}
+  if start.decompose is not None:
+    tree, given = starts.replace(start, tree, placed, originals, donate)
+  shapes = {name: shape(tree, name) for name in placed}
+  shared = None
+  if row.share is not None:
+    shared = row.share(
+        jax.random.fold_in(key, zlib.crc32(b"shared") & 0x7FFFFFFF), shapes,
+        max(p.width for p in placed.values()), config.options, geometry)
+  slots = {
+      name: base.Slot(
+          **placement.frozen(), given=given.get(name),
+          stats=(stats or {}).get(name), target=name, width=placement.width,
+          shape=shapes[name], options=config.options, start=start,
+          geometry=geometry)
+      for name, placement in placed.items()}
+  layers, outer = _init(
+      key, {name: weight(tree, name) for name in slots}, slots, shared,
+      init=row.init, inner=tuple(
+          name for name in slots
+          if len(paths[name]) > 1 or name in tree.layers))
+  indices = config.trainable_token_indices
+  assert not isinstance(indices, str)  # Whoever knows the tokens gives ids.
+  outer |= tokens.build(tree, indices, [*outer, *config.modules_to_save])
+  return tree, partition.beside(base.Adapters(
+      layers=layers, outer=outer, shared=shared, overrides=saved.overrides(
+          tree, config.modules_to_save, placed)), tree)
+
+
+def weight(tree: types.Tree, name: str) -> types.Tree:
+  """The base's weight at a place, perhaps stacked; None where it has none."""
+  if name == "lm_head":
+    return head(tree)
+  if name == "prompt":
+    return tree.embed_tokens
+  holder = tree.layers.get(name, getattr(tree, name, None))
+  return getattr(holder, "weight", holder)
+
+
+def shape(tree: types.Tree, name: str) -> tuple[int, ...]:
+  """Of one layer's weight at a place; () where it has none."""
+  found = weight(tree, name)
+  if found is None or name == "prompt":
+    return ()
+  return tuple(found.shape[1 if name in tree.layers else 0:])
+
+
+def head(tree: types.Tree) -> types.Tree:
+  """The weight of an untied head.
+
+  Raises:
+    errors.UsageError: if there is none.
+  """
+  if tree.lm_head is None:
+    raise errors.UsageError(
+        'adapter.targets: "lm_head" is tied to embed_tokens in this model; '
+        "adapt embed_tokens instead")
+  return tree.lm_head.weight
+
+
+@functools.partial(jax.jit, static_argnames=("init", "inner"))
+def _init(key, weights, slots, shared, *, init, inner):
+  """All adapters, in one program: (by stacked target, by outer target)."""
+
+  def stacked(key, weight, slot):
+    # One layer at a time: a dequantised stack would not fit beside the base.
+    def one(carry, xs):
+      layer, w, values = xs
+      return carry, init(
+          jax.random.fold_in(key, layer), host_lib.on_device(w), values,
+          shared)
+
+    layers = jnp.arange(slot.rank.shape[0])
+    return jax.lax.scan(one, None, (layers, weight, slot))[1]
+
+  layers, outer = {}, {}
+  for name, slot in slots.items():
+    own = jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+    if name in inner:
+      layers[name] = stacked(own, weights[name], slot)
+    else:
+      outer[name] = init(
+          own, weights[name], jax.tree.map(lambda x: x[0], slot), shared)
+  return layers, outer

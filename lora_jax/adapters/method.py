@@ -1,0 +1,140 @@
+"""What a row of the table of methods says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+from lora_jax import types
+from lora_jax.adapters import base
+from lora_jax.adapters import config as config_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class NoOptions:
+  """Of a method that has none of its own."""
+
+
+class Rule:
+  """What a method adds to training; a subclass is a frozen dataclass.
+
+  It is static, finds its own adapters in the tree, and keeps its state in the
+  optimiser's, so that checkpoints hold it.
+  """
+
+  def penalty(self, params: types.Tree) -> jax.Array | None:
+    """A term of the loss, `[]` float32, or None.
+
+    Args:
+      params: the trained part of the adapters.
+    """
+    del params
+    return None
+
+  def wrap(
+      self, inner: optax.GradientTransformation
+  ) -> optax.GradientTransformation:
+    """The optimiser, and what this does with the gradient or its update."""
+    return inner
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+  """A method in Hugging Face PEFT's files.
+
+  Attributes:
+    peft_type: of `adapter_config.json`.
+    config: from the adapter block to the keys of `adapter_config.json` that
+      are the method's own.
+    block: inverse of `config`: fields of `AdapterConfig`, `options` among them
+      as a mapping.
+    requires: keys by which this row is told from others of the same type.
+    neutral: options of PEFT that change what is computed, and the values with
+      which it is what this code computes.
+    lists_targets: whether `target_modules` says what is adapted.
+    tensors: of methods whose file does not go by modules: `adapters ->
+      tensors` by whole name.
+    adapters: inverse of `tensors`: `(tensors, config block, geometry) ->
+      Adapters`. It raises a KeyError for what is missing.
+    shared: `(tensors, options, shapes) -> Adapters.shared`; shapes `(i, o)` by
+      target. Those of `Adapters.shared.to_peft()` lie beside the modules'.
+  """
+
+  peft_type: str
+  config: Callable[[config_lib.AdapterConfig], dict[str, Any]]
+  block: Callable[[Mapping[str, Any]], dict[str, Any]]
+  requires: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  neutral: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+  lists_targets: bool = True
+  tensors: Callable[[base.Adapters], dict[str, Any]] | None = None
+  adapters: Callable[..., base.Adapters] | None = None
+  shared: Callable[..., Any] | None = None
+
+
+def by_rank(alpha: float, r: int, options: Any) -> float:
+  """LoRA's scale, alpha / r."""
+  del options
+  return alpha / r
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A row of the table.
+
+  Attributes:
+    summary: the equation, with W0 `[i, o]`.
+    paper: where it is from, "arXiv 2106.09685".
+    adapter: the adapter's type.
+    init: `(key, weight, slot, shared) -> adapter` of one place before the
+      first step; weight is None where a place has none.
+    kind: `slot -> adapter's type`, where that depends on the place.
+    count: trainable parameters of one place, a Python expression of i, o, r,
+      target, of the letters of `base.Geometry`, and of the options' names;
+      width of a norm.
+    options: the frozen dataclass of what only this method is told.
+    targets: what `adapter.targets="auto"` stands for.
+    sites: places that it adapts, if these are not projections.
+    scale: s of alpha, r and the options.
+    ranked: whether `adapter.rank` means something.
+    patterns: whether ranks may differ from layer to layer.
+    embeddings: whether it can adapt `embed_tokens`.
+    identity_at_init: whether the model is the base before the first step.
+    mergeable: whether `merge` does.
+    zero_gradients: fields whose gradient is zero at the first step.
+    share: `(key, shapes, width, options, geometry) -> Adapters.shared`; shapes
+      `(i, o)` by adapted target.
+    count_shared: trainable parameters of it, an expression of the options.
+    rule: `(config, steps) -> Rule`, of methods with a say in training.
+    form: in PEFT's files; None where PEFT has no counterpart.
+    vllm: whether vLLM serves it.
+    build: for methods without adapters: `(base) -> (base, adapters)`.
+    tiny: fields of `AdapterConfig` with which a model of width 32 tries it.
+  """
+
+  summary: str
+  paper: str = ""
+  adapter: type[base.Adapter] | None = None
+  init: Callable[..., base.Adapter] | None = None
+  kind: Callable[[base.Slot], type[base.Adapter]] | None = None
+  count: str = ""
+  options: type = NoOptions
+  targets: str = "all-linear"
+  sites: tuple[str, ...] = ()
+  scale: Callable[[float, int, Any], float] = by_rank
+  ranked: bool = True
+  patterns: bool = False
+  embeddings: bool = False
+  identity_at_init: bool = True
+  mergeable: bool = True
+  zero_gradients: tuple[str, ...] = ()
+  share: Callable[..., Any] | None = None
+  count_shared: str = ""
+  rule: Callable[..., Rule] | None = None
+  form: Form | None = None
+  vllm: bool = False
+  build: Callable | None = None
+  tiny: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -1,0 +1,53 @@
+"""Dropout's randomness."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import struct
+from lora_jax import types
+
+
+@struct.dataclass
+class Noise:
+  """Counter-based randomness that packing and sharding cannot move.
+
+  Every token's mask depends on (seed, step, layer, target, global example
+  id, position in the example) and on nothing else: not on the row a token
+  was packed into, nor on the micro-batch or device it landed on.
+
+  Attributes:
+    key: PRNG key, already folded with the step.
+    example_ids: `[b, t]` int32.
+    positions: `[b, t]` int32.
+  """
+
+  key: jax.Array
+  example_ids: types.Array
+  positions: types.Array
+
+  def at_layer(self, layer: types.Array) -> Noise:
+    return dataclasses.replace(
+        self, key=jax.random.fold_in(self.key, layer))
+
+  def for_target(self, target: str) -> Noise:
+    # A digest of the name, so that adding a target moves no other's mask.
+    index = zlib.crc32(target.encode()) & 0x7FFFFFFF
+    return dataclasses.replace(
+        self, key=jax.random.fold_in(self.key, index))
+
+  def dropout(self, x: types.Array, rate: types.Array) -> types.Array:
+    """Inverted dropout of `x [b, t, i]` at a traced `rate []`."""
+
+    def bits(example, position):
+      key = jax.random.fold_in(self.key, example)
+      key = jax.random.fold_in(key, position)
+      return jax.random.uniform(key, x.shape[-1:])
+
+    draw = jax.vmap(jax.vmap(bits))(self.example_ids, self.positions)
+    keep = draw >= rate
+    return jnp.where(keep, x / (1.0 - rate).astype(x.dtype), 0)

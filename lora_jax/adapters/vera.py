@@ -1,0 +1,169 @@
+"""VeRA: vector-based random matrix adaptation (Kopiczko et al., 2310.11454).
+
+  h = x W0 + ((x A) * lambda_d) B * lambda_b
+
+with A `[i, r]` and B `[r, o]` frozen, random and the same for all modules
+(slices of one pair at the largest sizes), lambda_d `[r]` = d_initial and
+lambda_b `[o]` = 0 at init. They are drawn by `options.projection_key`, so that
+neither optimiser nor checkpoint holds them.
+
+Trainable parameters: r + o a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import quant
+from lora_jax import struct
+from lora_jax import types
+from lora_jax.adapters import base
+from lora_jax.adapters import config as config_lib
+from lora_jax.adapters import method
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Attributes:
+
+    d_initial: where lambda_d starts.
+    projection_key: seed of A and B.
+  """
+
+  d_initial: float = 0.1
+  projection_key: int = 0
+
+
+@struct.dataclass
+class Projections(base.Adapter):
+  """What all modules share.
+
+  Attributes:
+    a: `[i, r]` for the largest i.
+    b: `[r, o]` for the largest o.
+  """
+
+  a: types.Array = base.frozen()
+  b: types.Array = base.frozen()
+
+  def to_peft(self, embedding=False):
+    return {"vera_A": self.a.T, "vera_B": self.b.T}
+
+  def size(self) -> int:
+    return 0
+
+
+@struct.dataclass
+class VeRA(base.Adapter):
+  """Attributes:
+
+    lambda_b: `[o]`.
+    lambda_d: `[r]`.
+    rate: `[]`, dropout rate.
+    rank: `[]` int32, 0: not adapted.
+    rows: i.
+    a, b: `[i, r]` and `[r, o]`, while it is used; see `Adapters.shared`.
+  """
+
+  lambda_b: types.Array = base.up("out")
+  lambda_d: types.Array = base.trained(None)
+  rate: types.Array = base.frozen()
+  rank: types.Array = base.frozen()
+  rows: int = base.static(default=0)
+  a: types.Array | None = base.frozen(default=None)
+  b: types.Array | None = base.frozen(default=None)
+
+  def bound(self, shared):
+    return dataclasses.replace(
+        self, a=shared.a[:self.rows, :self.lambda_d.shape[-1]],
+        b=shared.b[:self.lambda_d.shape[-1], :self.lambda_b.shape[-1]])
+
+  def factors(self):
+    scaled = self.b * self.active(self.lambda_b, 0.0)
+    return self.a, self.lambda_d[:, None] * scaled
+
+  def down_up(self, x):
+    h = (x @ self.a.astype(x.dtype)) * self.lambda_d.astype(x.dtype)
+    y = h @ self.b.astype(x.dtype)
+    return y * self.active(self.lambda_b, 0.0).astype(x.dtype)
+
+  def apply(self, x, weight, noise=None):
+    y = quant.matmul(x, weight)
+    if noise is not None:
+      x = noise.dropout(x, self.rate)
+    return y + self.down_up(x)
+
+  def merge(self, weight):
+    a, b = self.factors()
+    return quant.dequantize(weight, jnp.float32) + jnp.matmul(
+        a, b, precision="highest")
+
+  def to_peft(self, embedding=False):
+    return {"vera_lambda_b": self.lambda_b, "vera_lambda_d": self.lambda_d}
+
+  @classmethod
+  def from_peft(cls, tensors, slot):
+    return cls(
+        lambda_b=jnp.asarray(tensors["vera_lambda_b"], jnp.float32),
+        lambda_d=jnp.asarray(tensors["vera_lambda_d"], jnp.float32),
+        rows=slot.shape[0], **slot.values("rate", "rank"))
+
+
+def share(key, shapes, width, options, geometry=None):
+  """A and B, Kaiming-uniform (gain sqrt 2) at the largest sizes."""
+  del key, geometry  # PEFT has a seed of their own.
+  i = max(s[0] for s in shapes.values())
+  o = max(s[1] for s in shapes.values())
+  first, second = jax.random.split(jax.random.key(options.projection_key))
+
+  def draw(key, shape, fan_in):
+    bound = (6 / fan_in) ** 0.5
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+  return Projections(a=draw(first, (i, width), i), b=draw(second, (width, o),
+                                                          width))
+
+
+def init(key, weight, slot, shared=None):
+  """The adapter of one module before the first step."""
+  del key, shared
+  i, o = weight.shape[-2:]
+  return VeRA(
+      lambda_b=jnp.zeros(o, jnp.float32),
+      lambda_d=jnp.full(slot.width, slot.options.d_initial, jnp.float32),
+      rows=i, **slot.values("rate", "rank"))
+
+
+def _config(config: config_lib.AdapterConfig) -> dict[str, Any]:
+  return {"r": config.rank, "vera_dropout": float(config.dropout),
+          "d_initial": config.options.d_initial,
+          "projection_prng_key": config.options.projection_key,
+          "save_projection": True, "fan_in_fan_out": False, "bias": "none",
+          "init_weights": True}
+
+
+def _block(config: Mapping[str, Any]) -> dict[str, Any]:
+  return {"rank": int(config["r"]),
+          "dropout": float(config.get("vera_dropout") or 0.0),
+          "options": {"d_initial": config.get("d_initial", 0.1),
+                      "projection_key": config["projection_prng_key"]}}
+
+
+def _shared(tensors, options, shapes):
+  del options, shapes
+  return Projections(a=jnp.asarray(tensors["vera_A"], jnp.float32).T,
+                     b=jnp.asarray(tensors["vera_B"], jnp.float32).T)
+
+
+METHOD = method.Method(
+    summary="h = x W0 + ((x A) * lambda_d) B * lambda_b",
+    paper="arXiv 2310.11454", adapter=VeRA, init=init, count="r + o",
+    options=Options, share=share, zero_gradients=("lambda_d",),
+    form=method.Form(
+        peft_type="VERA", config=_config, block=_block, shared=_shared,
+        neutral={"bias": ("none",), "fan_in_fan_out": (False,)}))
