@@ -60,8 +60,9 @@ class Form:
       tensors` by whole name.
     adapters: inverse of `tensors`: `(tensors, config block, geometry) ->
       Adapters`. It raises a KeyError for what is missing.
-    shared: `(tensors, options, shapes) -> Adapters.shared`; shapes `(i, o)` by
-      target. Those of `Adapters.shared.to_peft()` lie beside the modules'.
+    shared: `(tensors, config block, shapes) -> Adapters.shared`; shapes
+      `(i, o)` by target. Those of `Adapters.shared.to_peft()` lie beside the
+      modules'. It raises a KeyError for what is missing.
   """
 
   peft_type: str
