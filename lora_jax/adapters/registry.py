@@ -16,6 +16,7 @@ from lora_jax.adapters import bias
 from lora_jax.adapters import bottleneck
 from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import dora
+from lora_jax.adapters import fourierft
 from lora_jax.adapters import full
 from lora_jax.adapters import ia3
 from lora_jax.adapters import lora
@@ -32,6 +33,7 @@ METHODS: dict[str, method_lib.Method] = {
     "rslora": lora.RSLORA,
     "dora": dora.METHOD,
     "vera": vera.METHOD,
+    "fourierft": fourierft.METHOD,
     "ia3": ia3.METHOD,
     "bitfit": bias.METHOD,
     "ln_tuning": norms.METHOD,
