@@ -17,7 +17,6 @@ Trainable parameters: n a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 import dataclasses
 import functools
 import math
@@ -138,12 +137,8 @@ def config_keys(config: config_lib.AdapterConfig) -> dict[str, Any]:
       "n_frequency_pattern": {}, "fan_in_fan_out": False, "bias": "none"}
 
 
-def block(
-    config: Mapping[str, Any], options: type[Any] = Options
-) -> dict[str, Any]:
-  """Inverse of `config_keys`."""
-  names = [field.name for field in dataclasses.fields(options)]
-  return {"options": {k: config[k] for k in names if k in config}}
+def _block(config):
+  return {"options": method.named(Options, config)}
 
 
 def _shared(tensors, config, shapes):
@@ -162,5 +157,5 @@ METHOD = method.Method(
     identity_at_init=False, share=share,
     tiny={"options": {"n_frequency": 64, "scaling": 20.0}},
     form=method.Form(
-        peft_type="FOURIERFT", config=config_keys, block=block,
+        peft_type="FOURIERFT", config=config_keys, block=_block,
         shared=_shared, neutral=NEUTRAL))

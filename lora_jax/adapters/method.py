@@ -76,6 +76,12 @@ class Form:
   shared: Callable[..., Any] | None = None
 
 
+def named(options: type[Any], config: Mapping[str, Any]) -> dict[str, Any]:
+  """The keys of a PEFT config that a method's options are named after."""
+  names = [field.name for field in dataclasses.fields(options)]
+  return {name: config[name] for name in names if name in config}
+
+
 def by_rank(alpha: float, r: int, options: Any) -> float:
   """LoRA's scale, alpha / r."""
   del options

@@ -24,7 +24,10 @@ from lora_jax.adapters import method as method_lib
 from lora_jax.adapters import norms
 from lora_jax.adapters import prefix
 from lora_jax.adapters import prompt
+from lora_jax.adapters import randlora
+from lora_jax.adapters import vblora
 from lora_jax.adapters import vera
+from lora_jax.adapters import waveft
 
 METHODS: dict[str, method_lib.Method] = {
     "none": full.NONE,
@@ -33,7 +36,10 @@ METHODS: dict[str, method_lib.Method] = {
     "rslora": lora.RSLORA,
     "dora": dora.METHOD,
     "vera": vera.METHOD,
+    "randlora": randlora.METHOD,
+    "vblora": vblora.METHOD,
     "fourierft": fourierft.METHOD,
+    "waveft": waveft.METHOD,
     "ia3": ia3.METHOD,
     "bitfit": bias.METHOD,
     "ln_tuning": norms.METHOD,
