@@ -18,6 +18,7 @@ from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import dora
 from lora_jax.adapters import full
 from lora_jax.adapters import ia3
+from lora_jax.adapters import loha
 from lora_jax.adapters import lora
 from lora_jax.adapters import method as method_lib
 from lora_jax.adapters import norms
@@ -37,6 +38,7 @@ METHODS: dict[str, method_lib.Method] = {
     "ln_tuning": norms.METHOD,
     "prefix": prefix.METHOD,
     "prompt": prompt.METHOD,
+    "loha": loha.METHOD,
     "houlsby": bottleneck.HOULSBY,
     "pfeiffer": bottleneck.PFEIFFER,
     "parallel": bottleneck.PARALLEL,
