@@ -19,6 +19,7 @@ from lora_jax.adapters import dora
 from lora_jax.adapters import full
 from lora_jax.adapters import ia3
 from lora_jax.adapters import loha
+from lora_jax.adapters import lokr
 from lora_jax.adapters import lora
 from lora_jax.adapters import method as method_lib
 from lora_jax.adapters import norms
@@ -39,6 +40,7 @@ METHODS: dict[str, method_lib.Method] = {
     "prefix": prefix.METHOD,
     "prompt": prompt.METHOD,
     "loha": loha.METHOD,
+    "lokr": lokr.METHOD,
     "houlsby": bottleneck.HOULSBY,
     "pfeiffer": bottleneck.PFEIFFER,
     "parallel": bottleneck.PARALLEL,
@@ -74,7 +76,8 @@ def count(
     geometry: the model's sizes.
   """
   names = dataclasses.asdict(geometry) | dataclasses.asdict(options) | {
-      "target": target, "r": rank, "min": min, "max": max}
+      "target": target, "r": rank, "min": min, "max": max,
+      "options": options}
   if len(shape) == 2:
     names |= {"i": shape[0], "o": shape[1]}
   elif shape:
