@@ -169,7 +169,7 @@ class LoKr(base.Adapter):
 
   @classmethod
   def from_peft(cls, tensors, slot):
-    found = {}
+    found: dict[str, Any] = {}
     for n in (1, 2):
       names = ((f"w{n}", f"lokr_w{n}"),) if f"lokr_w{n}" in tensors else (
           (f"b{n}", f"lokr_w{n}_a"), (f"a{n}", f"lokr_w{n}_b"))

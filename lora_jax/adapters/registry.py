@@ -15,8 +15,10 @@ from lora_jax.adapters import base
 from lora_jax.adapters import bias
 from lora_jax.adapters import bottleneck
 from lora_jax.adapters import config as config_lib
+from lora_jax.adapters import delora
 from lora_jax.adapters import dora
 from lora_jax.adapters import full
+from lora_jax.adapters import hira
 from lora_jax.adapters import ia3
 from lora_jax.adapters import loha
 from lora_jax.adapters import lokr
@@ -41,6 +43,8 @@ METHODS: dict[str, method_lib.Method] = {
     "prompt": prompt.METHOD,
     "loha": loha.METHOD,
     "lokr": lokr.METHOD,
+    "hira": hira.METHOD,
+    "delora": delora.METHOD,
     "houlsby": bottleneck.HOULSBY,
     "pfeiffer": bottleneck.PFEIFFER,
     "parallel": bottleneck.PARALLEL,
