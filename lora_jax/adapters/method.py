@@ -93,8 +93,8 @@ class Method:
       first step; weight is None where a place has none.
     kind: `slot -> adapter's type`, where that depends on the place.
     count: trainable parameters of one place, a Python expression of i, o, r,
-      target, of the letters of `base.Geometry`, and of the options' names;
-      width of a norm.
+      target, of the letters of `base.Geometry`, and of the options' names
+      (or what `options` answers); width of a norm.
     options: the frozen dataclass of what only this method is told.
     targets: what `adapter.targets="auto"` stands for.
     sites: places that it adapts, if these are not projections.

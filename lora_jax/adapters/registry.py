@@ -15,9 +15,13 @@ from lora_jax.adapters import base
 from lora_jax.adapters import bias
 from lora_jax.adapters import bottleneck
 from lora_jax.adapters import config as config_lib
+from lora_jax.adapters import delora
 from lora_jax.adapters import dora
 from lora_jax.adapters import full
+from lora_jax.adapters import hira
 from lora_jax.adapters import ia3
+from lora_jax.adapters import loha
+from lora_jax.adapters import lokr
 from lora_jax.adapters import lora
 from lora_jax.adapters import method as method_lib
 from lora_jax.adapters import norms
@@ -37,6 +41,10 @@ METHODS: dict[str, method_lib.Method] = {
     "ln_tuning": norms.METHOD,
     "prefix": prefix.METHOD,
     "prompt": prompt.METHOD,
+    "loha": loha.METHOD,
+    "lokr": lokr.METHOD,
+    "hira": hira.METHOD,
+    "delora": delora.METHOD,
     "houlsby": bottleneck.HOULSBY,
     "pfeiffer": bottleneck.PFEIFFER,
     "parallel": bottleneck.PARALLEL,
@@ -72,7 +80,8 @@ def count(
     geometry: the model's sizes.
   """
   names = dataclasses.asdict(geometry) | dataclasses.asdict(options) | {
-      "target": target, "r": rank, "min": min, "max": max}
+      "target": target, "r": rank, "min": min, "max": max,
+      "options": options}
   if len(shape) == 2:
     names |= {"i": shape[0], "o": shape[1]}
   elif shape:
