@@ -13,20 +13,25 @@ from typing import Any
 from lora_jax import errors
 from lora_jax.adapters import base
 from lora_jax.adapters import bias
+from lora_jax.adapters import boft
 from lora_jax.adapters import bottleneck
 from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import delora
 from lora_jax.adapters import dora
 from lora_jax.adapters import full
 from lora_jax.adapters import hira
+from lora_jax.adapters import hra
 from lora_jax.adapters import ia3
 from lora_jax.adapters import loha
 from lora_jax.adapters import lokr
 from lora_jax.adapters import lora
 from lora_jax.adapters import method as method_lib
 from lora_jax.adapters import norms
+from lora_jax.adapters import oft
 from lora_jax.adapters import prefix
 from lora_jax.adapters import prompt
+from lora_jax.adapters import road
+from lora_jax.adapters import shira
 from lora_jax.adapters import vera
 
 METHODS: dict[str, method_lib.Method] = {
@@ -35,6 +40,11 @@ METHODS: dict[str, method_lib.Method] = {
     "lora": lora.METHOD,
     "rslora": lora.RSLORA,
     "dora": dora.METHOD,
+    "boft": boft.METHOD,
+    "hra": hra.METHOD,
+    "oft": oft.METHOD,
+    "road": road.METHOD,
+    "shira": shira.METHOD,
     "vera": vera.METHOD,
     "ia3": ia3.METHOD,
     "bitfit": bias.METHOD,
