@@ -14,16 +14,19 @@ from lora_jax import errors
 from lora_jax.adapters import base
 from lora_jax.adapters import bias
 from lora_jax.adapters import bottleneck
+from lora_jax.adapters import c3a
 from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import delora
 from lora_jax.adapters import dora
 from lora_jax.adapters import full
+from lora_jax.adapters import gralora
 from lora_jax.adapters import hira
 from lora_jax.adapters import ia3
 from lora_jax.adapters import loha
 from lora_jax.adapters import lokr
 from lora_jax.adapters import lora
 from lora_jax.adapters import method as method_lib
+from lora_jax.adapters import miss
 from lora_jax.adapters import norms
 from lora_jax.adapters import prefix
 from lora_jax.adapters import prompt
@@ -45,6 +48,9 @@ METHODS: dict[str, method_lib.Method] = {
     "lokr": lokr.METHOD,
     "hira": hira.METHOD,
     "delora": delora.METHOD,
+    "miss": miss.METHOD,
+    "gralora": gralora.METHOD,
+    "c3a": c3a.METHOD,
     "houlsby": bottleneck.HOULSBY,
     "pfeiffer": bottleneck.PFEIFFER,
     "parallel": bottleneck.PARALLEL,
