@@ -16,6 +16,7 @@ from lora_jax.adapters import bias
 from lora_jax.adapters import bottleneck
 from lora_jax.adapters import c3a
 from lora_jax.adapters import config as config_lib
+from lora_jax.adapters import deft
 from lora_jax.adapters import delora
 from lora_jax.adapters import dora
 from lora_jax.adapters import full
@@ -51,6 +52,8 @@ METHODS: dict[str, method_lib.Method] = {
     "miss": miss.METHOD,
     "gralora": gralora.METHOD,
     "c3a": c3a.METHOD,
+    "deft": deft.METHOD,
+    "para": deft.PARA,
     "houlsby": bottleneck.HOULSBY,
     "pfeiffer": bottleneck.PFEIFFER,
     "parallel": bottleneck.PARALLEL,
