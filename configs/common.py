@@ -175,6 +175,29 @@ def get_config() -> config_dict.ConfigDict:
   return config
 
 
+def method(
+    name: str, learning_rate: float, **adapter) -> config_dict.ConfigDict:
+  """A short run of a PEFT method on a laptop, on the quickstart's model and
+  data; `configs/methods/` has one for each.
+
+  Args:
+    name: of the method.
+    learning_rate: its peak.
+    **adapter: further fields of the adapter block.
+  """
+  config = get_config()
+  config.model.path = "asset:smollm2-135m-instruct"
+  config.adapter.update({"method": name} | adapter)
+  config.data.max_length = 128
+  config.data.eval_max_length = 256
+  config.train.steps = 40
+  config.train.checkpoint_every = 20
+  config.train.sample_tokens = 48
+  config.optim.learning_rate = learning_rate
+  config.optim.warmup = 0.1
+  return config
+
+
 def parse(arg: str, **choices: tuple[str, ...]) -> dict[str, str]:
   """`"method=dora,quant=int4"` as a dict, checked.
 

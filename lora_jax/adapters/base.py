@@ -357,9 +357,10 @@ class Adapter:
   def size(self) -> int:
     """Trainable parameters; padding and layers not adapted do not count."""
     total = trees.size(self.selected(True))
-    if getattr(self, "rank", None) is None:
+    rank: Any = getattr(self, "rank", None)
+    if rank is None:
       return total
-    return total * int((self.rank > 0).sum()) // max(1, self.rank.size)
+    return total * int((rank > 0).sum()) // max(1, rank.size)
 
 
 @struct.dataclass

@@ -145,7 +145,7 @@ def init(key, weight, slot, shared=None):
   if slot.given is not None:
     a, b = slot.given
     return LoRA(a=a, b=b, a0=a, b0=b, **slot.values())
-  draw = starts.embedding if slot.embedding else slot.start.draw
+  draw: Any = starts.embedding if slot.embedding else slot.start.draw
   a, b = draw(key, *weight.shape[-2:], slot.width, slot.rank)
   return LoRA(a=a, b=b, **slot.values())
 

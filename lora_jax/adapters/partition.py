@@ -171,8 +171,8 @@ def trainable_size(adapters: types.Tree) -> int:
 
 def virtual_tokens(adapters: base.Adapters | None) -> int:
   """Virtual tokens before every example."""
-  prompt = None if adapters is None else adapters.outer.get("prompt")
-  if prompt is None:
+  if adapters is None or "prompt" not in adapters.outer:
     return 0
   return jax.eval_shape(
-      lambda a: a.bound(adapters.shared).virtual(), prompt).shape[0]
+      lambda a, shared: a.bound(shared).virtual(), adapters.outer["prompt"],
+      adapters.shared).shape[0]

@@ -109,9 +109,9 @@ def _tests(targets, paths):
             f"({error})") from None
       return [(targets, lambda path: pattern.fullmatch(path) is not None)]
     targets = [t.strip() for t in targets.split(",") if t.strip()]
-  # The block `mlp`, for methods that adapt blocks; else its projections.
-  names = [n for t in targets
-           for n in ((t,) if t in paths else PRESETS.get(t, (t,)))]
+  # Of a method that adapts blocks, `mlp` is the block.
+  names = [n for t in targets for n in (
+      PRESETS[t] if t in PRESETS and PRESETS[t][0] in paths else (t,))]
   if not names:
     raise errors.UsageError(
         "adapter.targets is empty; name modules, or use all-linear")

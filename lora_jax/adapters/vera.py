@@ -75,8 +75,8 @@ class VeRA(base.Adapter):
   rate: types.Array = base.frozen()
   rank: types.Array = base.frozen()
   rows: int = base.static(default=0)
-  a: types.Array | None = base.frozen(default=None)
-  b: types.Array | None = base.frozen(default=None)
+  a: types.Array = base.frozen(default=None)
+  b: types.Array = base.frozen(default=None)
 
   def bound(self, shared):
     return dataclasses.replace(

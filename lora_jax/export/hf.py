@@ -87,16 +87,18 @@ def _mergeable(model, base, adapters):
   Raises:
     errors.UserError: if an adapter is no change of weights.
   """
-  layers = dict(base.layers)
+  layers: dict[str, Any] = dict(base.layers)
   for name, adapter in {**adapters.layers, **adapters.outer}.items():
     if name in targets_lib.SITES:
       raise errors.UserError(
           f"{type(adapter).__name__} stands beside the weights, and cannot be "
           "merged into them; use --format=peft")
     module = layers.get(name)
-    if getattr(module, "bias", 0) is None and jax.eval_shape(
-        jax.vmap(lambda a: a.bound(adapters.shared).shift(None)),
-        adapter) is not None:
+    if module is None or getattr(module, "bias", 0) is not None:
+      continue
+    gained = jax.eval_shape(
+        jax.vmap(lambda a: a.bound(adapters.shared).shift(None)), adapter)
+    if gained is not None:
       zeros = jnp.zeros((model.n_layers, module.weight.shape[-1]))
       layers[name] = dataclasses.replace(module, bias=zeros)
   if all(layers[n] is base.layers[n] for n in layers):
@@ -111,7 +113,7 @@ def _mergeable(model, base, adapters):
   # One flag stands for several modules, which all need one.
   for slot in hf.slots(model):
     module = layers.get(slot.target)
-    if slot.leaf == "bias" and getattr(module, "bias", 0) is None:
+    if slot.leaf == "bias" and module is not None and module.bias is None:
       layers[slot.target] = dataclasses.replace(
           module, bias=jnp.zeros((model.n_layers, module.weight.shape[-1])))
   return model, dataclasses.replace(base, layers=layers)

@@ -57,23 +57,6 @@ class RopeConfig:
     """How many of a head's e dimensions are rotated."""
     return int(head_dim * self.partial)
 
-  def with_biases(self, targets: Collection[str]) -> ModelConfig:
-    """A model of the same family whose projections `targets` have a bias.
-
-    Raises:
-      ValueError: if transformers' models of the family have none there.
-    """
-    flags = {}
-    for names, allowed, fields in (
-        (("q_proj", "k_proj", "v_proj", "o_proj"), ATTENTION_BIAS,
-         ("qkv_bias", "o_bias")),
-        (("gate_proj", "up_proj", "down_proj"), MLP_BIAS, ("mlp_bias",))):
-      if set(names) & set(targets):
-        if self.family not in allowed:
-          raise ValueError(f"{self.family} models do not have in transformers")
-        flags |= dict.fromkeys(fields, True)
-    return dataclasses.replace(self, **flags)
-
   def to_hf(self) -> dict[str, Any]:
     """`rope_parameters` of transformers 5."""
     hf: dict[str, Any] = {"rope_type": self.type, "rope_theta": self.theta}
@@ -181,6 +164,23 @@ class ModelConfig:
     """Multiplier of attention scores; None is 1 / sqrt(e)."""
     scalar = self.query_pre_attn_scalar
     return None if scalar is None else scalar**-0.5
+
+  def with_biases(self, targets: Collection[str]) -> ModelConfig:
+    """A model of the same family whose projections `targets` have a bias.
+
+    Raises:
+      ValueError: if transformers' models of the family have none there.
+    """
+    flags: dict[str, Any] = {}
+    for names, allowed, fields in (
+        (("q_proj", "k_proj", "v_proj", "o_proj"), ATTENTION_BIAS,
+         ("qkv_bias", "o_bias")),
+        (("gate_proj", "up_proj", "down_proj"), MLP_BIAS, ("mlp_bias",))):
+      if set(names) & set(targets):
+        if self.family not in allowed:
+          raise ValueError(f"{self.family} models do not have in transformers")
+        flags |= dict.fromkeys(fields, True)
+    return dataclasses.replace(self, **flags)
 
   def to_hf(self) -> dict[str, Any]:
     """`config.json` of the same model, for transformers 4 and 5."""

@@ -12,6 +12,7 @@ import pytest
 
 from lora_jax import adapters as adapters_lib
 from lora_jax import trees
+from lora_jax.adapters import partition
 from lora_jax.export import peft as peft_export
 from lora_jax.models import init
 from lora_jax.train import optim
@@ -101,7 +102,7 @@ def test_rows_of_tokens_learn_at_the_rate_of_a():
       jax.random.key(1), adapters_lib.AdapterConfig(
           targets="q_proj", rank=2, trainable_token_indices=(3, 5)),
       base, PATHS)
-  groups = adapters_lib.base.rate_groups(tree)
+  groups = partition.rate_groups(tree)
   assert groups.outer["embed_tokens"].rows is None
   assert groups.layers["q_proj"].b == "up"
   assert groups.layers["q_proj"].a is None

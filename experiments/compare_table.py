@@ -1,0 +1,100 @@
+"""The page of `experiments.compare`: a table and a plot, from its files."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from lora_jax.evaluate import statistics
+
+BASELINE = "lora"
+
+
+def results(folder: pathlib.Path) -> list[dict[str, Any]]:
+  """What has been found so far, the best method first."""
+  found = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))]
+  return sorted((f for f in found if "loss" in f), key=lambda f: f["loss"])
+
+
+def against(
+    found: dict[str, Any], other: dict[str, Any]
+) -> statistics.Difference:
+  """Held-out loss of a method less another's, paired over rows."""
+  return statistics.paired_difference(
+      np.asarray(other["rows"]["nll"]), np.asarray(found["rows"]["nll"]),
+      np.asarray(other["rows"]["weight"]))
+
+
+def page(found: list[dict[str, Any]]) -> str:
+  """The results as Markdown."""
+  first = found[0]
+  environment, plain = first["environment"], {
+      f["method"]: f for f in found}.get(BASELINE)
+  rates = ", ".join(f"{r:g}" for r in first["rates"])
+  lines = [
+      "# All methods, same data, each at its best learning rate",
+      "",
+      f"Base loss {first['start_loss']:.4f} nats a token before training "
+      "(methods that start elsewhere than at the base: see their files). "
+      f"Device: {environment['device']}; jax "
+      f"{environment['versions'].get('jax')}; one seed. Learning rates tried "
+      f"for every method: {rates}; the best on one half of the held-out rows "
+      "was chosen, losses are of the other half. Intervals: 95%, paired "
+      "bootstrap over rows, which says nothing about other seeds. Speed: "
+      "median step of one adapter alone; memory: arguments and temporaries of "
+      "that step's program. Every row's file holds its config, command, "
+      "commit and all losses.",
+      "",
+      "| method | held-out loss | less LoRA's | rate | parameters | tok/s | "
+      "memory, GiB |",
+      "|---|---|---|---|---|---|---|"]
+  for one in found:
+    difference = "" if plain is None or one is plain else str(
+        against(one, plain))
+    speed, memory = one.get("tokens_per_second"), one.get("step_bytes")
+    edge = one["rate"] in (one["rates"][0], one["rates"][-1])
+    lines.append(
+        f"| [{one['method']}]({one['method']}.json) | {one['loss']:.4f} | "
+        f"{difference} | {one['rate']:g}{'*' if edge else ''} | "
+        f"{one['parameters']:,} | "
+        f"{'' if speed is None else f'{speed:,.0f}'} | "
+        f"{'' if memory is None else f'{memory / 2**30:.2f}'} |")
+  return "\n".join([
+      *lines, "", "\\* at the edge of the grid: a rate beyond it may be "
+      "better.", "", "![held-out loss against parameters](loss.png)", ""])
+
+
+def plot(found: list[dict[str, Any]], path: pathlib.Path) -> None:
+  """Held-out loss against trained parameters."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+
+  figure, axes = pyplot.subplots(figsize=(9, 6))
+  best = np.inf
+  for one in sorted(found, key=lambda f: f["parameters"]):
+    front = one["loss"] < best
+    best = min(best, one["loss"])
+    axes.scatter(one["parameters"], one["loss"], s=24,
+                 color="tab:blue" if front else "tab:grey")
+    axes.annotate(one["method"], (one["parameters"], one["loss"]),
+                  xytext=(4, 3), textcoords="offset points", fontsize=7)
+  axes.set_xscale("log")
+  axes.set_xlabel("trained parameters")
+  axes.set_ylabel("held-out loss, nats a token")
+  axes.set_title("blue: no method with fewer parameters is better")
+  figure.tight_layout()
+  figure.savefig(path, dpi=120)
+  pyplot.close(figure)
+
+
+def write(folder: pathlib.Path) -> None:
+  """README.md and loss.png of a folder of results."""
+  found = results(folder)
+  if found:
+    (folder / "README.md").write_text(page(found))
+    plot(found, folder / "loss.png")
