@@ -15,10 +15,13 @@ from lora_jax.adapters import base
 from lora_jax.adapters import bias
 from lora_jax.adapters import boft
 from lora_jax.adapters import bottleneck
+from lora_jax.adapters import c3a
 from lora_jax.adapters import config as config_lib
+from lora_jax.adapters import deft
 from lora_jax.adapters import delora
 from lora_jax.adapters import dora
 from lora_jax.adapters import full
+from lora_jax.adapters import gralora
 from lora_jax.adapters import hira
 from lora_jax.adapters import hra
 from lora_jax.adapters import ia3
@@ -26,6 +29,7 @@ from lora_jax.adapters import loha
 from lora_jax.adapters import lokr
 from lora_jax.adapters import lora
 from lora_jax.adapters import method as method_lib
+from lora_jax.adapters import miss
 from lora_jax.adapters import norms
 from lora_jax.adapters import oft
 from lora_jax.adapters import prefix
@@ -55,6 +59,11 @@ METHODS: dict[str, method_lib.Method] = {
     "lokr": lokr.METHOD,
     "hira": hira.METHOD,
     "delora": delora.METHOD,
+    "miss": miss.METHOD,
+    "gralora": gralora.METHOD,
+    "c3a": c3a.METHOD,
+    "deft": deft.METHOD,
+    "para": deft.PARA,
     "houlsby": bottleneck.HOULSBY,
     "pfeiffer": bottleneck.PFEIFFER,
     "parallel": bottleneck.PARALLEL,
