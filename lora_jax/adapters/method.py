@@ -60,8 +60,9 @@ class Form:
       tensors` by whole name.
     adapters: inverse of `tensors`: `(tensors, config block, geometry) ->
       Adapters`. It raises a KeyError for what is missing.
-    shared: `(tensors, options, shapes) -> Adapters.shared`; shapes `(i, o)` by
-      target. Those of `Adapters.shared.to_peft()` lie beside the modules'.
+    shared: `(tensors, config block, shapes) -> Adapters.shared`; shapes
+      `(i, o)` by target. Those of `Adapters.shared.to_peft()` lie beside the
+      modules'. It raises a KeyError for what is missing.
   """
 
   peft_type: str
@@ -73,6 +74,12 @@ class Form:
   tensors: Callable[[base.Adapters], dict[str, Any]] | None = None
   adapters: Callable[..., base.Adapters] | None = None
   shared: Callable[..., Any] | None = None
+
+
+def named(options: type[Any], config: Mapping[str, Any]) -> dict[str, Any]:
+  """The keys of a PEFT config that a method's options are named after."""
+  names = [field.name for field in dataclasses.fields(options)]
+  return {name: config[name] for name in names if name in config}
 
 
 def by_rank(alpha: float, r: int, options: Any) -> float:

@@ -20,6 +20,7 @@ from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import deft
 from lora_jax.adapters import delora
 from lora_jax.adapters import dora
+from lora_jax.adapters import fourierft
 from lora_jax.adapters import full
 from lora_jax.adapters import gralora
 from lora_jax.adapters import hira
@@ -34,9 +35,12 @@ from lora_jax.adapters import norms
 from lora_jax.adapters import oft
 from lora_jax.adapters import prefix
 from lora_jax.adapters import prompt
+from lora_jax.adapters import randlora
 from lora_jax.adapters import road
 from lora_jax.adapters import shira
+from lora_jax.adapters import vblora
 from lora_jax.adapters import vera
+from lora_jax.adapters import waveft
 
 METHODS: dict[str, method_lib.Method] = {
     "none": full.NONE,
@@ -50,6 +54,10 @@ METHODS: dict[str, method_lib.Method] = {
     "road": road.METHOD,
     "shira": shira.METHOD,
     "vera": vera.METHOD,
+    "randlora": randlora.METHOD,
+    "vblora": vblora.METHOD,
+    "fourierft": fourierft.METHOD,
+    "waveft": waveft.METHOD,
     "ia3": ia3.METHOD,
     "bitfit": bias.METHOD,
     "ln_tuning": norms.METHOD,
