@@ -258,13 +258,24 @@ class Adapter:
   # --- input
 
   def virtual(self) -> types.Array:
-    """Embeddings `[n, d]` of the virtual tokens before every segment."""
+    """Embeddings `[n, d]` of the virtual tokens before every segment; of
+    several `tasks` one after the other, each as many."""
     raise TypeError(f"{type(self).__name__} has no virtual tokens")
+
+  @property
+  def tasks(self) -> int:
+    """Tasks whose virtual tokens differ."""
+    return 1
 
   # --- what all layers share
 
   def bound(self, shared: types.Tree) -> Adapter:
     """With its part of `Adapters.shared`, of one layer."""
+    del shared
+    return self
+
+  def folded(self, shared: types.Tree) -> Adapter:
+    """One that needs no part of `Adapters.shared`, if that is no larger."""
     del shared
     return self
 

@@ -20,7 +20,9 @@ from lora_jax.adapters import full
 from lora_jax.adapters import ia3
 from lora_jax.adapters import lora
 from lora_jax.adapters import method as method_lib
+from lora_jax.adapters import multitask_prompt
 from lora_jax.adapters import norms
+from lora_jax.adapters import p_tuning
 from lora_jax.adapters import prefix
 from lora_jax.adapters import prompt
 from lora_jax.adapters import vera
@@ -36,7 +38,10 @@ METHODS: dict[str, method_lib.Method] = {
     "bitfit": bias.METHOD,
     "ln_tuning": norms.METHOD,
     "prefix": prefix.METHOD,
+    "p_tuning_v2": prefix.P_TUNING_V2,
     "prompt": prompt.METHOD,
+    "multitask_prompt": multitask_prompt.METHOD,
+    "p_tuning": p_tuning.METHOD,
     "houlsby": bottleneck.HOULSBY,
     "pfeiffer": bottleneck.PFEIFFER,
     "parallel": bottleneck.PARALLEL,
@@ -81,7 +86,9 @@ def count(
 
 
 def shared_count(
-    row: method_lib.Method, options: Any, rank: int) -> int:
+    row: method_lib.Method, options: Any, rank: int, geometry: base.Geometry
+) -> int:
   """Trainable parameters that all places share; see `count`."""
-  names = dataclasses.asdict(options) | {"r": rank}
+  names = dataclasses.asdict(geometry) | dataclasses.asdict(options) | {
+      "r": rank}
   return int(eval(row.count_shared or "0", {"__builtins__": {}}, names))

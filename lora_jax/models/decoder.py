@@ -463,7 +463,8 @@ def _prefix_length(adapters) -> int:
   block = adapters.layers.get("self_attn")
   if block is None:
     return 0
-  ahead = jax.eval_shape(jax.vmap(lambda one: one.prefix()), block)
+  ahead = jax.eval_shape(
+      jax.vmap(lambda one: one.bound(adapters.shared).prefix()), block)
   return 0 if ahead is None else ahead[0].shape[1]
 
 
