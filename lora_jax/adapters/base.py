@@ -74,6 +74,7 @@ class Geometry:
     e: width of a head.
     l: layers.
     v: vocabulary.
+    embed_scale: of the embeddings as they enter the first layer.
   """
 
   d: int
@@ -83,6 +84,7 @@ class Geometry:
   e: int
   l: int  # The glossary's letter.
   v: int
+  embed_scale: float = 1.0
 
 
 @struct.dataclass

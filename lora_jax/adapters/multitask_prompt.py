@@ -78,7 +78,7 @@ def init(key, weight, slot, shared=None):
   del shared
   options = slot.options
   first, second, third = jax.random.split(key, 3)
-  p = prompt.start(first, weight, options)
+  p = prompt.start(first, weight, slot)
   m, r, (n, d) = options.tasks, options.ranks, p.shape
   return MultitaskPrompt(
       p=p, columns=0.02 * jax.random.normal(second, (m, n, r)),

@@ -72,14 +72,17 @@ class Prompt(base.Adapter):
     return self.p
 
 
-def start(key: jax.Array, table: types.Array, options: Any) -> jax.Array:
+def start(key: jax.Array, table: types.Array, slot: base.Slot) -> jax.Array:
   """Where P `[n, d]` starts, given the embeddings `[v, d]`.
+
+  Those of words are scaled as the model scales them, for P is not.
 
   Raises:
     errors.UsageError: if it is to start as a text whose tokens are missing, or
       not the model's.
   """
-  n, (v, d) = options.tokens, table.shape
+  options, (v, d) = slot.options, table.shape
+  n = options.tokens
   if options.start == "random":
     return jax.random.normal(key, (n, d))
   if options.start == "vocabulary":
@@ -91,13 +94,14 @@ def start(key: jax.Array, table: types.Array, options: Any) -> jax.Array:
           f"adapter.options.start=text: adapter.options.ids={given} are not "
           f"tokens of a vocabulary of {v}; give those of the text")
     ids = np.resize(np.asarray(given, np.int32), n)
-  return jnp.take(table, ids, axis=0).astype(jnp.float32)
+  rows = jnp.take(table, ids, axis=0).astype(jnp.float32)
+  return slot.geometry.embed_scale * rows
 
 
 def init(key, weight, slot, shared=None):
   """The virtual tokens before the first step."""
   del shared
-  return Prompt(p=start(key, weight, slot.options), rank=slot.rank)
+  return Prompt(p=start(key, weight, slot), rank=slot.rank)
 
 
 def config_of(config: config_lib.AdapterConfig) -> dict[str, Any]:
