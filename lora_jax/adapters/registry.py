@@ -14,10 +14,12 @@ from lora_jax import errors
 from lora_jax.adapters import base
 from lora_jax.adapters import bias
 from lora_jax.adapters import bottleneck
+from lora_jax.adapters import compacter
 from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import dora
 from lora_jax.adapters import full
 from lora_jax.adapters import ia3
+from lora_jax.adapters import llama_adapter
 from lora_jax.adapters import lora
 from lora_jax.adapters import method as method_lib
 from lora_jax.adapters import multitask_prompt
@@ -42,9 +44,13 @@ METHODS: dict[str, method_lib.Method] = {
     "prompt": prompt.METHOD,
     "multitask_prompt": multitask_prompt.METHOD,
     "p_tuning": p_tuning.METHOD,
+    "llama_adapter": llama_adapter.METHOD,
+    "adaption_prompt": llama_adapter.ADAPTION_PROMPT,
     "houlsby": bottleneck.HOULSBY,
     "pfeiffer": bottleneck.PFEIFFER,
     "parallel": bottleneck.PARALLEL,
+    "compacter": compacter.METHOD,
+    "compacter_plus": compacter.PLUS,
 }
 
 

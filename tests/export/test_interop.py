@@ -68,11 +68,18 @@ def folder(tmp_path_factory):
   return where / "m"
 
 
-def torch_model(folder):
+def torch_model(folder, method):
   import transformers
 
-  return transformers.AutoModelForCausalLM.from_pretrained(
+  model = transformers.AutoModelForCausalLM.from_pretrained(
       folder, dtype=torch.float32, attn_implementation="eager").eval()
+  if method == "adaption_prompt":
+    # PEFT 0.21.2 adds o_proj's bias twice: o_proj(o) + o_proj(what is added).
+    # Halved, it is as often there as it should be; see test_llama_adapter.py.
+    with torch.no_grad():
+      for layer in model.model.layers:
+        layer.self_attn.o_proj.bias /= 2
+  return model
 
 
 def block(method):
@@ -143,7 +150,7 @@ def test_peft_reads_ours_and_merges_alike(method, folder, tmp_path):
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     model = peft.PeftModel.from_pretrained(
-        torch_model(folder), str(tmp_path / "a"))
+        torch_model(folder, method), str(tmp_path / "a"))
   here = our_logits(tree)
   assert tiny.distance(here, our_logits(None)) > 1e-3
   assert tiny.distance(here, peft_logits(model)) <= 2e-5
@@ -172,7 +179,7 @@ def test_ours_reads_peft(method, folder, tmp_path):
   torch.manual_seed(0)
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    model = peft.get_peft_model(torch_model(folder), config)
+    model = peft.get_peft_model(torch_model(folder, method), config)
   with torch.no_grad():
     for value in model.parameters():
       if value.requires_grad:
