@@ -117,7 +117,10 @@ class Trial:
     ahead = adapters_lib.virtual_tokens(self.model.adapters)
     train = config["train"]
     self.batches = pipeline.Batches(
-        virtual.ahead(shop.rows, ahead), train["batch_size"],
+        virtual.ahead(
+            shop.rows, ahead,
+            adapters_lib.virtual_tasks(self.model.adapters)),
+        train["batch_size"],
         train["accumulation"], config["data"]["max_length"] + ahead,
         config["data"]["packing"], config["seed"])
     self.optim = blocks.optim(config)

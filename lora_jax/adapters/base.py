@@ -74,6 +74,7 @@ class Geometry:
     e: width of a head.
     l: layers.
     v: vocabulary.
+    embed_scale: of the embeddings as they enter the first layer.
   """
 
   d: int
@@ -83,6 +84,7 @@ class Geometry:
   e: int
   l: int  # The glossary's letter.
   v: int
+  embed_scale: float = 1.0
 
 
 @struct.dataclass
@@ -258,13 +260,24 @@ class Adapter:
   # --- input
 
   def virtual(self) -> types.Array:
-    """Embeddings `[n, d]` of the virtual tokens before every segment."""
+    """Embeddings `[n, d]` of the virtual tokens before every segment; of
+    several `tasks` one after the other, each as many."""
     raise TypeError(f"{type(self).__name__} has no virtual tokens")
+
+  @property
+  def tasks(self) -> int:
+    """Tasks whose virtual tokens differ."""
+    return 1
 
   # --- what all layers share
 
   def bound(self, shared: types.Tree) -> Adapter:
     """With its part of `Adapters.shared`, of one layer."""
+    del shared
+    return self
+
+  def folded(self, shared: types.Tree) -> Adapter:
+    """One that needs no part of `Adapters.shared`, if that is no larger."""
     del shared
     return self
 

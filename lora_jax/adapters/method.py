@@ -55,7 +55,11 @@ class Form:
     requires: keys by which this row is told from others of the same type.
     neutral: options of PEFT that change what is computed, and the values with
       which it is what this code computes.
+    same_as: the row as which these files are read, if they say nothing by
+      which this one is told from it.
     lists_targets: whether `target_modules` says what is adapted.
+    places: of methods for which other keys say it: `ranks by target, a list
+      with an entry a layer -> keys of adapter_config.json`.
     tensors: of methods whose file does not go by modules: `adapters ->
       tensors` by whole name.
     adapters: inverse of `tensors`: `(tensors, config block, geometry) ->
@@ -70,7 +74,9 @@ class Form:
   block: Callable[[Mapping[str, Any]], dict[str, Any]]
   requires: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   neutral: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+  same_as: str = ""
   lists_targets: bool = True
+  places: Callable[[Mapping[str, list[int]]], dict[str, Any]] | None = None
   tensors: Callable[[base.Adapters], dict[str, Any]] | None = None
   adapters: Callable[..., base.Adapters] | None = None
   shared: Callable[..., Any] | None = None
@@ -114,7 +120,8 @@ class Method:
     zero_gradients: fields whose gradient is zero at the first step.
     share: `(key, shapes, width, options, geometry) -> Adapters.shared`; shapes
       `(i, o)` by adapted target.
-    count_shared: trainable parameters of it, an expression of the options.
+    count_shared: trainable parameters of it, an expression of r, the options
+      and the letters.
     rule: `(config, steps) -> Rule`, of methods with a say in training.
     form: in PEFT's files; None where PEFT has no counterpart.
     vllm: whether vLLM serves it.

@@ -16,6 +16,7 @@ from lora_jax.adapters import bias
 from lora_jax.adapters import boft
 from lora_jax.adapters import bottleneck
 from lora_jax.adapters import c3a
+from lora_jax.adapters import compacter
 from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import deft
 from lora_jax.adapters import delora
@@ -26,13 +27,16 @@ from lora_jax.adapters import gralora
 from lora_jax.adapters import hira
 from lora_jax.adapters import hra
 from lora_jax.adapters import ia3
+from lora_jax.adapters import llama_adapter
 from lora_jax.adapters import loha
 from lora_jax.adapters import lokr
 from lora_jax.adapters import lora
 from lora_jax.adapters import method as method_lib
 from lora_jax.adapters import miss
+from lora_jax.adapters import multitask_prompt
 from lora_jax.adapters import norms
 from lora_jax.adapters import oft
+from lora_jax.adapters import p_tuning
 from lora_jax.adapters import prefix
 from lora_jax.adapters import prompt
 from lora_jax.adapters import randlora
@@ -62,6 +66,7 @@ METHODS: dict[str, method_lib.Method] = {
     "bitfit": bias.METHOD,
     "ln_tuning": norms.METHOD,
     "prefix": prefix.METHOD,
+    "p_tuning_v2": prefix.P_TUNING_V2,
     "prompt": prompt.METHOD,
     "loha": loha.METHOD,
     "lokr": lokr.METHOD,
@@ -72,9 +77,15 @@ METHODS: dict[str, method_lib.Method] = {
     "c3a": c3a.METHOD,
     "deft": deft.METHOD,
     "para": deft.PARA,
+    "multitask_prompt": multitask_prompt.METHOD,
+    "p_tuning": p_tuning.METHOD,
+    "llama_adapter": llama_adapter.METHOD,
+    "adaption_prompt": llama_adapter.ADAPTION_PROMPT,
     "houlsby": bottleneck.HOULSBY,
     "pfeiffer": bottleneck.PFEIFFER,
     "parallel": bottleneck.PARALLEL,
+    "compacter": compacter.METHOD,
+    "compacter_plus": compacter.PLUS,
 }
 
 
@@ -117,7 +128,9 @@ def count(
 
 
 def shared_count(
-    row: method_lib.Method, options: Any, rank: int) -> int:
+    row: method_lib.Method, options: Any, rank: int, geometry: base.Geometry
+) -> int:
   """Trainable parameters that all places share; see `count`."""
-  names = dataclasses.asdict(options) | {"r": rank}
+  names = dataclasses.asdict(geometry) | dataclasses.asdict(options) | {
+      "r": rank}
   return int(eval(row.count_shared or "0", {"__builtins__": {}}, names))
