@@ -246,11 +246,14 @@ def _config(config: config_lib.AdapterConfig) -> dict[str, Any]:
 def _block(config: Mapping[str, Any]) -> dict[str, Any]:
   # After pruning, ranks are those of the tensors, and the scale is not.
   first = int(config.get("init_r", 12))
+  pruned = bool(config.get("rank_pattern"))
   return {
       "rank": first, "alpha": config.get("lora_alpha", 8),
       "dropout": float(config.get("lora_dropout") or 0.0),
       "options": {
-          "init_r": first, "target_r": config.get("target_r", 8),
+          "init_r": first,
+          # Trained further, it keeps what was kept.
+          "target_r": first if pruned else config.get("target_r", 8),
           "tinit": config.get("tinit", 0), "tfinal": config.get("tfinal", 0),
           "delta_t": config.get("deltaT", 1),
           "beta1": config.get("beta1", 0.85),
