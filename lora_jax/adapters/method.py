@@ -26,6 +26,16 @@ class Rule:
   optimiser's, so that checkpoints hold it.
   """
 
+  def bound(self, adapters: base.Adapters) -> Rule:
+    """The rule as it is for these adapters, of which it may note what is
+    static: their ranks.
+
+    Args:
+      adapters: whole tree.
+    """
+    del adapters
+    return self
+
   def penalty(self, params: types.Tree) -> jax.Array | None:
     """A term of the loss, `[]` float32, or None.
 
@@ -38,7 +48,13 @@ class Rule:
   def wrap(
       self, inner: optax.GradientTransformation
   ) -> optax.GradientTransformation:
-    """The optimiser, and what this does with the gradient or its update."""
+    """The optimiser, and what this does with the gradient or its update.
+
+    Args:
+      inner: from clipped gradients to what is added to the parameters. Beside
+        `params`, the trained part of the adapters in float32, updates are
+        given `frozen=`, the other part.
+    """
     return inner
 
 

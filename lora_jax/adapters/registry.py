@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any
 
 from lora_jax import errors
+from lora_jax.adapters import adalora
 from lora_jax.adapters import base
 from lora_jax.adapters import bias
 from lora_jax.adapters import boft
@@ -57,6 +58,7 @@ METHODS: dict[str, method_lib.Method] = {
     "oft": oft.METHOD,
     "road": road.METHOD,
     "shira": shira.METHOD,
+    "adalora": adalora.METHOD,
     "vera": vera.METHOD,
     "randlora": randlora.METHOD,
     "vblora": vblora.METHOD,
@@ -101,6 +103,27 @@ def checked(config: config_lib.AdapterConfig) -> config_lib.AdapterConfig:
     errors.UsageError: for the first value that cannot be.
   """
   return config.validate(method(config.method).options)
+
+
+def rules(
+    config: config_lib.AdapterConfig, steps: int,
+    adapters: base.Adapters | None = None,
+) -> tuple[method_lib.Rule, ...]:
+  """What a method adds to training.
+
+  Args:
+    config: the adapter block.
+    steps: of the run; 0 if it does not train.
+    adapters: what is trained, or None to check the config alone.
+
+  Raises:
+    errors.UsageError: for options that a run of so many steps cannot have.
+  """
+  row = method(config.method)
+  if row.rule is None:
+    return ()
+  rule = row.rule(checked(config), steps)
+  return (rule if adapters is None else rule.bound(adapters),)
 
 
 def count(

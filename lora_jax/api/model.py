@@ -17,6 +17,7 @@ from lora_jax import mesh as mesh_lib
 from lora_jax import types
 from lora_jax.adapters import assemble
 from lora_jax.adapters import base as base_lib
+from lora_jax.adapters import registry
 from lora_jax.data import dataset as dataset_lib
 from lora_jax.data import formats
 from lora_jax.data import pipeline
@@ -287,6 +288,9 @@ class Model:
           self, base=base, adapters=adapters_lib.join(
               precision_lib.widen(params), frozen))
 
+    settings = self.settings(
+        layout="packed" if packing else "single", steps=config.steps,
+        remat=remat, optimizer=optim.name, precision=precision)
     evaluate = None if held_out is None else (
         lambda *now: model(*now).evaluate(
             held_out, batch_size=config.batch_size))
@@ -301,13 +305,7 @@ class Model:
         optim=optim,
         base_digest=self.replaced,
         memory=(memory or memory_lib.MemoryConfig()).validate(),
-        settings=step_lib.Settings(
-            dtype=self.dtype, remat=remat,
-            noise=self.adapter_config.dropout > 0,
-            optim_dtype=precision.optim_dtype, optimizer=optim.name,
-            mesh=self.mesh, frozen_matmul=precision.frozen_matmul,
-            attention=self._attention("packed" if packing else "single"),
-            offload=self.offload),
+        settings=settings,
         key=jax.random.key(seed),
         place=self._place_batch,
         evaluate=evaluate,
@@ -317,9 +315,35 @@ class Model:
         sinks=sinks or sinks_lib.Sinks(), donate=donate)
     outcome = loop.fit(
         task, self._place(step_lib.init_state(
-            params, precision, self.dtype, optim.name, self.offload)),
+            params, precision, self.dtype, optim.name, self.offload,
+            settings.rules)),
         config, pathlib.Path(workdir))
     return model(outcome.state.params, outcome.base), outcome
+
+  def settings(
+      self, *, layout: str, steps: int, remat: str = "auto",
+      optimizer: str = "adamw",
+      precision: precision_lib.Precision | None = None,
+  ) -> step_lib.Settings:
+    """The static choices of a training step.
+
+    Args:
+      layout: of the rows, "packed" or "single".
+      steps: of the run, which some methods divide into phases.
+      remat: what the backward pass keeps, a key of `models.remat.POLICIES`.
+      optimizer: a key of `optim.OPTIMIZERS`.
+      precision: how the state is stored.
+
+    Raises:
+      errors.UsageError: if the method's options do not fit the steps.
+    """
+    precision = precision or precision_lib.Precision()
+    return step_lib.Settings(
+        dtype=self.dtype, remat=remat, noise=self.adapter_config.dropout > 0,
+        optim_dtype=precision.optim_dtype, optimizer=optimizer,
+        mesh=self.mesh, frozen_matmul=precision.frozen_matmul,
+        attention=self._attention(layout), offload=self.offload,
+        rules=registry.rules(self.adapter_config, steps, self.adapters))
 
   def generate(
       self, prompts: Sequence[Sequence[int] | np.ndarray], **options
