@@ -96,7 +96,7 @@ class Slot:
     scale: `[]`, what the registry's row makes of alpha and r.
     rate: `[]`, dropout rate.
     given: (A, B) that were taken out of the weight, or None; see `starts`.
-    stats: what was gathered for this place, or None; see `starts`.
+    stats: (A, B) that were made of rows, or None; see `starts`.
     target: its name; static, as all below.
     width: the largest rank of the stack.
     shape: `(i, o)` of a projection, `(v, d)` of the table, `(d,)` of a norm,

@@ -102,7 +102,13 @@ def checked(config: config_lib.AdapterConfig) -> config_lib.AdapterConfig:
   Raises:
     errors.UsageError: for the first value that cannot be.
   """
-  return config.validate(method(config.method).options)
+  row = method(config.method)
+  if config.init != "default" and not row.starts:
+    able = ", ".join(name for name, row in METHODS.items() if row.starts)
+    raise errors.UsageError(
+        f"adapter.init={config.init} is for {able}; leave it at default with "
+        f"adapter.method={config.method}")
+  return config.validate(row.options)
 
 
 def rules(

@@ -41,6 +41,7 @@ from lora_jax.train import memory as memory_lib
 from lora_jax.train import optim as optim_lib
 from lora_jax.train import precision as precision_lib
 from lora_jax.train import sinks as sinks_lib
+from lora_jax.train import statistics
 from lora_jax.train import step as step_lib
 
 
@@ -92,18 +93,22 @@ class Model:
 
   def adapt(
       self, config: adapters_lib.AdapterConfig | None = None, *,
+      rows: dataset_lib.Dataset | None = None, batch_size: int = 4,
       seed: int = 0, donate: bool = False, **fields) -> Model:
     """With fresh adapters.
 
     Args:
       config: the adapter block; or give its fields by name.
+      rows: to train on, from `encode`; for starts that look at some of them.
+      batch_size: rows at a time, as in `evaluate`.
       seed: of the initialisation.
       donate: whether an init that replaces base weights writes over those of
         this model, which is then of no more use; large bases fit once.
       **fields: of `AdapterConfig`, if `config` is None.
 
     Raises:
-      errors.UsageError: for an unknown method or target, or a bad value.
+      errors.UsageError: for an unknown method or target, a bad value, or
+        without rows for a start that looks at them.
     """
     config = config or adapters_lib.AdapterConfig(**fields)
     self._check_whole()
@@ -114,11 +119,28 @@ class Model:
             "none; give ids, or name tokens there")
       config = dataclasses.replace(
           config, trainable_token_indices=self.new_tokens)
+    originals, stats = load_lib.originals(self.source, self._whole), None
+    if rows is not None and config.start().informed is not None:
+      config, stats = statistics.gather(
+          config, self._some(rows, config.init_batches, batch_size, seed),
+          base=self.base, paths=self.paths, model=self.config,
+          settings=step_lib.Settings(
+              dtype=self.dtype, remat="full", mesh=self.mesh,
+              attention=self._attention("single"), offload=self.offload),
+          originals=originals)
     base, tree = adapters_lib.build(
-        jax.random.key(seed), config, self.base, self.paths,
-        load_lib.originals(self.source, self._whole), donate,
-        modules.geometry(self.config))
+        jax.random.key(seed), config, self.base, self.paths, originals, donate,
+        modules.geometry(self.config), stats)
     return self._with(base, tree, config, None)
+
+  def _some(self, rows, number, batch_size, seed):
+    """The first batches of an epoch, one example a row, on the devices."""
+    ways = mesh_lib.ways(self.mesh)
+    batches = pipeline.Batches(
+        rows, -(-batch_size // ways) * ways, 1, int(rows.lengths.max()), False,
+        seed)
+    return [self._place_batch(jax.tree.map(lambda x: x[0], batches.batch(n)))
+            for n in range(min(number, batches.steps_per_epoch))]
 
   def _with(self, base, tree, config, text):
     """With these adapters, and a base that their start may have changed."""
