@@ -4,8 +4,8 @@ products.
   y' = y + act(y D + c) U + u
   D = sum_i A_i (x) s_i t_i   `[d, r]`, U likewise `[r, d]`
 
-with y `[b, t, d]` a block's output, m rules A_i `[m, m]` ~ N(0, 0.01^2) that all
-layers and both projections share (m = `divisor`, n in the paper), and s_i
+with y `[b, t, d]` a block's output, m rules A_i `[m, m]` ~ N(0, 0.01^2) that
+all layers and both projections share (m = `divisor`, n in the paper), and s_i
 `[d/m, 1]`, t_i `[1, r/m]` of each projection (1: `phm_rank`). s and t start
 Glorot-uniform, t of U and the biases at zero, so that y' = y at init.
 

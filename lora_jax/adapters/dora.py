@@ -105,7 +105,7 @@ class DoRA(lora.LoRA):
     v = quant.dequantize(weight, jnp.float32) + delta
     return _root(jnp.sum(jnp.square(v), axis=0), squares(weight))
 
-  def prepared(self, weight):
+  def prepared(self, weight, shared=None):
     if self.c is not None:  # Prepared before; its A and B may be rounded.
       return self
     return dataclasses.replace(self, c=self.direct_norms(weight))

@@ -71,7 +71,7 @@ class LoRA(base.Adapter):
   def lookup(self, tokens: types.Array, table: types.Array) -> types.Array:
     """Adapted embedding rows, `[..., d]` for `tokens [...]`."""
     low = jnp.take(self.a, tokens, axis=0)
-    return jnp.take(table, tokens, axis=0) + (low * self.scale) @ self.b
+    return quant.take(table, tokens) + (low * self.scale) @ self.b
 
   def narrowed(self, dtype):
     return dataclasses.replace(
