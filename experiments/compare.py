@@ -111,13 +111,16 @@ class Trial:
 
   def __init__(self, shop: Lab, config: dict[str, Any]):
     self.shop, self.config = shop, config
-    block = blocks.adapter(config)
+    block = blocks.adapters_of(config)
     self.model = shop.model.adapt(block, seed=config["seed"], rows=shop.rows)
     self.params, self.frozen = adapters_lib.split(self.model.adapters)
     ahead = adapters_lib.virtual_tokens(self.model.adapters)
     train = config["train"]
     self.batches = pipeline.Batches(
-        virtual.ahead(shop.rows, ahead), train["batch_size"],
+        virtual.ahead(
+            shop.rows, ahead,
+            adapters_lib.virtual_tasks(self.model.adapters)),
+        train["batch_size"],
         train["accumulation"], config["data"]["max_length"] + ahead,
         config["data"]["packing"], config["seed"])
     self.optim = blocks.optim(config)
