@@ -111,7 +111,7 @@ class Trial:
 
   def __init__(self, shop: Lab, config: dict[str, Any]):
     self.shop, self.config = shop, config
-    block = blocks.adapter(config)
+    block = blocks.adapters_of(config)
     self.model = shop.model.adapt(block, seed=config["seed"], rows=shop.rows)
     self.params, self.frozen = adapters_lib.split(self.model.adapters)
     ahead = adapters_lib.virtual_tokens(self.model.adapters)

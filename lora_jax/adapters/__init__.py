@@ -1,5 +1,7 @@
 """PEFT methods: small trainable trees beside a frozen base."""
 
+from lora_jax.adapters import hybrid
+from lora_jax.adapters import several
 from lora_jax.adapters import starts
 from lora_jax.adapters.assemble import build
 from lora_jax.adapters.base import Adapter
@@ -24,7 +26,8 @@ from lora_jax.adapters.registry import METHODS
 
 __all__ = [
     "METHODS", "Adapter", "AdapterConfig", "Adapters", "Geometry", "Noise",
-    "beside", "build", "join", "keeps_sum", "module", "prepared", "project",
-    "project_all", "split", "starts", "trainable_size", "virtual_tasks",
-    "virtual_tokens", "with_rate", "without_constants",
+    "beside", "build", "hybrid", "join", "keeps_sum", "module", "prepared",
+    "project", "project_all", "several", "split", "starts",
+    "trainable_size", "virtual_tasks", "virtual_tokens", "with_rate",
+    "without_constants",
 ]

@@ -96,7 +96,7 @@ class Slot:
     scale: `[]`, what the registry's row makes of alpha and r.
     rate: `[]`, dropout rate.
     given: (A, B) that were taken out of the weight, or None; see `starts`.
-    stats: what was gathered for this place, or None; see `starts`.
+    stats: (A, B) that were made of rows, or None; see `starts`.
     target: its name; static, as all below.
     width: the largest rank of the stack.
     shape: `(i, o)` of a projection, `(v, d)` of the table, `(d,)` of a norm,
@@ -192,9 +192,15 @@ class Adapter:
     del weight, cross, keep
     return y
 
-  def prepared(self, weight: types.Tree) -> Adapter:
-    """With whatever stays the same from token to token computed once."""
-    del weight
+  def prepared(
+      self, weight: types.Tree, shared: types.Tree = None) -> Adapter:
+    """With whatever stays the same from token to token computed once.
+
+    Args:
+      weight: `[i, o]`.
+      shared: `Adapters.shared`; see `bound`.
+    """
+    del weight, shared
     return self
 
   def narrowed(self, dtype: Any) -> Adapter:
@@ -222,7 +228,7 @@ class Adapter:
 
   def prefix(self) -> tuple[types.Array, types.Array, types.Array] | None:
     """Keys and values `[n, k, e]` before every segment's own, and whether
-    they are seen in this layer, `[]` bool; or None."""
+    they are seen in this layer, `[]` or `[n]` bool; or None."""
     return None
 
   def attended(
@@ -286,6 +292,10 @@ class Adapter:
   def difference(self) -> Adapter:
     """This adapter on the base before `starts` changed it; see `LoRA`."""
     return self
+
+  def with_constants(self, values: Mapping[str, Any]) -> Self:
+    """With values in place of its `constants`; None has it ask the weight."""
+    return dataclasses.replace(self, **values)
 
   def inert(self) -> Self:
     """One of the same shapes that does nothing."""

@@ -26,6 +26,16 @@ class Rule:
   optimiser's, so that checkpoints hold it.
   """
 
+  def bound(self, adapters: base.Adapters) -> Rule:
+    """The rule as it is for these adapters, of which it may note what is
+    static: their ranks.
+
+    Args:
+      adapters: whole tree.
+    """
+    del adapters
+    return self
+
   def penalty(self, params: types.Tree) -> jax.Array | None:
     """A term of the loss, `[]` float32, or None.
 
@@ -38,7 +48,13 @@ class Rule:
   def wrap(
       self, inner: optax.GradientTransformation
   ) -> optax.GradientTransformation:
-    """The optimiser, and what this does with the gradient or its update."""
+    """The optimiser, and what this does with the gradient or its update.
+
+    Args:
+      inner: from clipped gradients to what is added to the parameters. Beside
+        `params`, the trained part of the adapters in float32, updates are
+        given `frozen=`, the other part.
+    """
     return inner
 
 
@@ -64,8 +80,9 @@ class Form:
       tensors` by whole name.
     adapters: inverse of `tensors`: `(tensors, config block, geometry) ->
       Adapters`. It raises a KeyError for what is missing.
-    shared: `(tensors, options, shapes) -> Adapters.shared`; shapes `(i, o)` by
-      target. Those of `Adapters.shared.to_peft()` lie beside the modules'.
+    shared: `(tensors, config block, shapes) -> Adapters.shared`; shapes
+      `(i, o)` by target. Those of `Adapters.shared.to_peft()` lie beside the
+      modules'. It raises a KeyError for what is missing.
   """
 
   peft_type: str
@@ -79,6 +96,12 @@ class Form:
   tensors: Callable[[base.Adapters], dict[str, Any]] | None = None
   adapters: Callable[..., base.Adapters] | None = None
   shared: Callable[..., Any] | None = None
+
+
+def named(options: type[Any], config: Mapping[str, Any]) -> dict[str, Any]:
+  """The keys of a PEFT config that a method's options are named after."""
+  names = [field.name for field in dataclasses.fields(options)]
+  return {name: config[name] for name in names if name in config}
 
 
 def by_rank(alpha: float, r: int, options: Any) -> float:
@@ -99,14 +122,15 @@ class Method:
       first step; weight is None where a place has none.
     kind: `slot -> adapter's type`, where that depends on the place.
     count: trainable parameters of one place, a Python expression of i, o, r,
-      target, of the letters of `base.Geometry`, and of the options' names;
-      width of a norm.
+      target, of the letters of `base.Geometry`, and of the options' names
+      (or what `options` answers); width of a norm.
     options: the frozen dataclass of what only this method is told.
     targets: what `adapter.targets="auto"` stands for.
     sites: places that it adapts, if these are not projections.
     scale: s of alpha, r and the options.
     ranked: whether `adapter.rank` means something.
     patterns: whether ranks may differ from layer to layer.
+    starts: whether `adapter.init` means something; see `starts`.
     embeddings: whether it can adapt `embed_tokens`.
     identity_at_init: whether the model is the base before the first step.
     mergeable: whether `merge` does.
@@ -134,6 +158,7 @@ class Method:
   scale: Callable[[float, int, Any], float] = by_rank
   ranked: bool = True
   patterns: bool = False
+  starts: bool = False
   embeddings: bool = False
   identity_at_init: bool = True
   mergeable: bool = True

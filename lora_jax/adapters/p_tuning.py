@@ -88,8 +88,8 @@ class MLP(base.Adapter):
     h = jax.nn.relu(_linear(h, self.w2, self.b2))
     return _linear(h, self.w3, self.b3)
 
-  def prepared(self, weight):
-    del weight
+  def prepared(self, weight, shared=None):
+    del weight, shared
     return prompt.Prompt(p=self.virtual(), rank=self.rank)
 
 
@@ -129,8 +129,8 @@ class LSTM(base.Adapter):
     return _linear(
         jax.nn.relu(_linear(h, self.w1, self.b1)), self.w2, self.b2)
 
-  def prepared(self, weight):
-    del weight
+  def prepared(self, weight, shared=None):
+    del weight, shared
     return prompt.Prompt(p=self.virtual(), rank=self.rank)
 
 

@@ -224,7 +224,7 @@ def _with_prefix(ahead, cached, where, k):
 
   Args:
     ahead: keys and values `[n, k, e]`, at positions -n ... -1, and whether
-      they are seen.
+      they are seen; see `Adapter.prefix`.
     cached: see `layer`.
     where: positions and segments of queries and of cached keys; the window.
     k: the tokens' own keys `[b, t, k, e]`.

@@ -48,7 +48,7 @@ def matrix():
         + peft.__version__)
   for method in contract.ADAPTING:
     found = MATRIX.get(method, {})
-    marks = ["-" if method in LACKING else found.get(s, "FAILED")
+    marks = ["-" if method in LACKING else found.get(s, "not run")
              for s in STEPS]
     print(f"  {method:24}" + "".join(f"{m:14}" for m in marks))
   if LACKING:
@@ -139,12 +139,18 @@ def peft_logits(model):
   return found[:, -TOKENS.shape[1]:]
 
 
+def begun(method, *steps):
+  for step in steps:
+    done(method, step, "FAILED")
+
+
 def done(method, step, text="ok"):
   MATRIX.setdefault(method, {})[step] = text
 
 
 @each
 def test_peft_reads_ours_and_merges_alike(method, folder, tmp_path):
+  begun(method, "save", "merge")
   tree = ours(method)
   write(tmp_path / "a", method, tree)
   with warnings.catch_warnings():
@@ -173,6 +179,7 @@ def test_peft_reads_ours_and_merges_alike(method, folder, tmp_path):
 @each
 def test_ours_reads_peft(method, folder, tmp_path):
   """An adapter that PEFT made from our config, with random values."""
+  begun(method, "load", "stable")
   write(tmp_path / "a", method, ours(method))
   config = peft.PeftConfig.from_pretrained(str(tmp_path / "a"))
   config.inference_mode = False
