@@ -183,7 +183,7 @@ class Trial:
       jax.block_until_ready((state, metrics))
       if number >= 3:
         seconds.append(time.perf_counter() - start)
-    analysis = compiled.memory_analysis()
+    analysis: Any = compiled.memory_analysis()
     real = int((np.asarray(batch.tokens) >= 0).sum())
     median = std_statistics.median(seconds)
     return {

@@ -357,7 +357,8 @@ class Adapter:
     """With another rate of dropout, if it has one."""
     if not hasattr(self, "rate"):
       return self
-    return dataclasses.replace(self, rate=jnp.full_like(self.rate, rate))
+    return self.replace(  # type: ignore[attr-defined]
+        rate=jnp.full_like(self.rate, rate))
 
   def rate_groups(self, embedding: bool = False) -> Adapter:
     """A key of `RATE_GROUPS` or None in place of every leaf.

@@ -1,13 +1,13 @@
-"""Compacter (Mahabadi et al. 2021, arXiv 2106.04647): bottlenecks of Kronecker
-products.
+"""Compacter (Mahabadi et al. 2021, arXiv 2106.04647): small bottlenecks.
 
   y' = y + act(y D + c) U + u
   D = sum_i A_i (x) s_i t_i   `[d, r]`, U likewise `[r, d]`
 
-with y `[b, t, d]` a block's output, m rules A_i `[m, m]` ~ N(0, 0.01^2) that
-all layers and both projections share (m = `divisor`, n in the paper), and s_i
-`[d/m, 1]`, t_i `[1, r/m]` of each projection (1: `phm_rank`). s and t start
-Glorot-uniform, t of U and the biases at zero, so that y' = y at init.
+with y `[b, t, d]` a block's output, (x) the Kronecker product, m rules A_i
+`[m, m]` ~ N(0, 0.01^2) that all layers and both projections share (m =
+`divisor`, the paper's n), and s_i `[d/m, 1]`, t_i `[1, r/m]` of each
+projection (1: `phm_rank`). s and t start Glorot-uniform, t of U and the biases
+at zero, so that y' = y at init.
 
   compacter       after attention and MLP
   compacter_plus  after the MLP only (Compacter++)
@@ -100,10 +100,6 @@ class Compacter(base.Adapter):
     out = product(h, self.rules, self.up_s, self.up_t)
     return y + self.active(1.0, 0.0).astype(y.dtype) * (
         out + self.up_bias.astype(y.dtype))
-
-  @classmethod
-  def _saved(cls):
-    return [name for name in super()._saved() if name != "rules"]
 
   @classmethod
   def from_peft(cls, tensors, slot):

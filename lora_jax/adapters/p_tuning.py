@@ -109,7 +109,7 @@ class LSTM(base.Adapter):
 
   z: types.Array = base.trained(None, None)
   first: types.Array = base.trained(None, None, None)
-  deeper: types.Array | None = base.trained(None, None, None, None)
+  deeper: types.Array = base.trained(None, None, None, None)
   again: types.Array = base.trained(None, None, None, None)
   bias: types.Array = base.trained(None, None, None, None)
   w1: types.Array = base.trained(None, None)

@@ -163,17 +163,16 @@ def init(key, weight, slot, shared=None):
   del weight
   g, options = slot.geometry, slot.options
   first, second = jax.random.split(key)
-  if kind(slot) is Prefix:
-    shape, draw = (options.tokens, g.k, g.e), jax.random.normal
-    names = ("keys", "values")
-    pair = draw(first, shape), draw(second, shape)
-  else:
-    c, names = shared.w.shape[1], ("w", "b")
-    pair = (uniform(first, (2, c, g.k, g.e), c),
-            uniform(second, (2, g.k, g.e), c))
-  if options.zero:
-    pair = jax.tree.map(jnp.zeros_like, pair)
-  return kind(slot)(**dict(zip(names, pair, strict=True)), rank=slot.rank)
+  by = 0.0 if options.zero else 1.0
+  if not options.projection:
+    shape = (options.tokens, g.k, g.e)
+    return Prefix(
+        keys=by * jax.random.normal(first, shape),
+        values=by * jax.random.normal(second, shape), rank=slot.rank)
+  c = shared.w.shape[1]
+  return Projected(
+      w=by * uniform(first, (2, c, g.k, g.e), c),
+      b=by * uniform(second, (2, g.k, g.e), c), rank=slot.rank)
 
 
 def _config(config: config_lib.AdapterConfig) -> dict[str, Any]:

@@ -81,6 +81,7 @@ def start(key: jax.Array, table: types.Array, slot: base.Slot) -> jax.Array:
     errors.UsageError: if it is to start as a text whose tokens are missing, or
       not the model's.
   """
+  assert slot.geometry is not None
   options, (v, d) = slot.options, table.shape
   n = options.tokens
   if options.start == "random":
@@ -93,7 +94,7 @@ def start(key: jax.Array, table: types.Array, slot: base.Slot) -> jax.Array:
       raise errors.UsageError(
           f"adapter.options.start=text: adapter.options.ids={given} are not "
           f"tokens of a vocabulary of {v}; give those of the text")
-    ids = np.resize(np.asarray(given, np.int32), n)
+    ids = jnp.asarray(np.resize(given, n), jnp.int32)
   rows = jnp.take(table, ids, axis=0).astype(jnp.float32)
   return slot.geometry.embed_scale * rows
 
@@ -122,7 +123,7 @@ def options_of(config: Mapping[str, Any]) -> dict[str, Any]:
   names = {value: name for name, value in STARTS.items()}
   return {"tokens": int(config["num_virtual_tokens"]),
           # Others start at another adapter, which is no concern of this one.
-          "start": names.get(config.get("prompt_tuning_init"), "random"),
+          "start": names.get(str(config.get("prompt_tuning_init")), "random"),
           "text": config.get("prompt_tuning_init_text") or "",
           "tokenizer": config.get("tokenizer_name_or_path") or ""}
 

@@ -123,7 +123,7 @@ class Model:
     if config is None:
       config = adapters_lib.AdapterConfig(**fields)
     self._check_whole()
-    parts = {}
+    parts, configs = {}, {}
     if isinstance(config, adapters_lib.AdapterConfig):
       config = first = self._with_tokens(config)
     else:
@@ -141,9 +141,9 @@ class Model:
               dtype=self.dtype, remat="full", mesh=self.mesh,
               attention=self._attention("single"), offload=self.offload),
           originals=originals)
-      config = changed if not parts else config | {
-          next(iter(parts)): changed}
-      first = changed
+      config = first = changed
+      if parts:
+        config = hybrid.by_name(configs) | {next(iter(parts)): first}
     base, tree = adapters_lib.build(
         jax.random.key(seed), config, self.base, self.paths, originals, donate,
         modules.geometry(self.config), stats)

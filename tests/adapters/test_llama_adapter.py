@@ -118,7 +118,7 @@ def test_only_the_last_layers_have_a_form_of_peft_s(tmp_path):
   assert loaded.adapters.layers["self_attn"].rank.tolist() == [0, 1, 1]
   assert adapters_lib.trainable_size(loaded.adapters) == 2 * (3 * 32 + 1)
   block, tree = build("adaption_prompt", layers="0,2")
-  with pytest.raises(errors.UserError, match=r'adapter.layers="last 2"'):
+  with pytest.raises(errors.UserError, match=r'adapter\.layers="last 2"'):
     peft_export.peft_config(block, tree, paths)
   with pytest.raises(errors.UsageError, match="of the 3 layers"):
     build("adaption_prompt", layers="last 4")

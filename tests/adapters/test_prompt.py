@@ -219,7 +219,7 @@ def test_the_prompts_of_tasks_are_peft_s():
   assert adapters_lib.virtual_tasks(tree_of(one)) == 2
   start = fresh("multitask_prompt", tokens=50, tasks=20)
   assert abs(float(jnp.std(start.columns)) - 0.02) < 0.002
-  with pytest.raises(errors.UsageError, match=r"options.tasks=0"):
+  with pytest.raises(errors.UsageError, match=r"options\.tasks=0"):
     fresh("multitask_prompt", tasks=0)
 
 
