@@ -139,6 +139,7 @@ class Method:
       `(i, o)` by adapted target.
     count_shared: trainable parameters of it, an expression of r, the options
       and the letters.
+    samples: whether it is random in training, with or without dropout.
     rule: `(config, steps) -> Rule`, of methods with a say in training.
     form: in PEFT's files; None where PEFT has no counterpart.
     vllm: whether vLLM serves it.
@@ -165,6 +166,7 @@ class Method:
   zero_gradients: tuple[str, ...] = ()
   share: Callable[..., Any] | None = None
   count_shared: str = ""
+  samples: bool = False
   rule: Callable[..., Rule] | None = None
   form: Form | None = None
   vllm: bool = False

@@ -40,6 +40,7 @@ from lora_jax.adapters import oft
 from lora_jax.adapters import p_tuning
 from lora_jax.adapters import prefix
 from lora_jax.adapters import prompt
+from lora_jax.adapters import pvera
 from lora_jax.adapters import randlora
 from lora_jax.adapters import road
 from lora_jax.adapters import shira
@@ -60,6 +61,7 @@ METHODS: dict[str, method_lib.Method] = {
     "shira": shira.METHOD,
     "adalora": adalora.METHOD,
     "vera": vera.METHOD,
+    "pvera": pvera.METHOD,
     "randlora": randlora.METHOD,
     "vblora": vblora.METHOD,
     "fourierft": fourierft.METHOD,

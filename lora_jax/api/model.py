@@ -397,7 +397,9 @@ class Model:
         self.adapter_config]
     return step_lib.Settings(
         dtype=self.dtype, remat=remat,
-        noise=any(config.dropout > 0 for config in configs),
+        noise=any(
+            config.dropout > 0 or registry.method(config.method).samples
+            for config in configs),
         optim_dtype=precision.optim_dtype, optimizer=optimizer,
         mesh=self.mesh, frozen_matmul=precision.frozen_matmul,
         attention=self._attention(layout), offload=self.offload,
