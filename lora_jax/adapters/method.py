@@ -68,9 +68,11 @@ class Form:
       are the method's own.
     block: inverse of `config`: fields of `AdapterConfig`, `options` among them
       as a mapping.
-    requires: keys by which this row is told from others of the same type.
+    requires: keys by which this row is told from others of the same type, and
+      their values; True is whatever is set.
     neutral: options of PEFT that change what is computed, and the values with
       which it is what this code computes.
+    reads_as: the row that its files are read as, where they do not tell.
     lists_targets: whether `target_modules` says what is adapted.
     tensors: of methods whose file does not go by modules: `adapters ->
       tensors` by whole name.
@@ -85,6 +87,7 @@ class Form:
   block: Callable[[Mapping[str, Any]], dict[str, Any]]
   requires: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   neutral: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+  reads_as: str = ""
   lists_targets: bool = True
   tensors: Callable[[base.Adapters], dict[str, Any]] | None = None
   adapters: Callable[..., base.Adapters] | None = None

@@ -13,17 +13,22 @@ from typing import Any
 from lora_jax import errors
 from lora_jax.adapters import adalora
 from lora_jax.adapters import base
+from lora_jax.adapters import bd_lora
 from lora_jax.adapters import bias
 from lora_jax.adapters import bottleneck
 from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import dora
 from lora_jax.adapters import full
 from lora_jax.adapters import ia3
+from lora_jax.adapters import kasa
 from lora_jax.adapters import lora
+from lora_jax.adapters import lora_bias
+from lora_jax.adapters import lora_fa
 from lora_jax.adapters import method as method_lib
 from lora_jax.adapters import norms
 from lora_jax.adapters import prefix
 from lora_jax.adapters import prompt
+from lora_jax.adapters import qa_lora
 from lora_jax.adapters import vera
 
 METHODS: dict[str, method_lib.Method] = {
@@ -32,7 +37,12 @@ METHODS: dict[str, method_lib.Method] = {
     "lora": lora.METHOD,
     "rslora": lora.RSLORA,
     "dora": dora.METHOD,
+    "lora_bias": lora_bias.METHOD,
+    "lora_fa": lora_fa.METHOD,
     "adalora": adalora.METHOD,
+    "kasa": kasa.METHOD,
+    "bd_lora": bd_lora.METHOD,
+    "qa_lora": qa_lora.METHOD,
     "vera": vera.METHOD,
     "ia3": ia3.METHOD,
     "bitfit": bias.METHOD,
