@@ -187,6 +187,9 @@ def block(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # PEFT's options that change what is computed, and the values that do not.
+# Some are methods of which there is more than a projection: aLoRA asks where
+# its invocation tokens are, MonteCLoRA draws whole experts around A, VeLoRA
+# trains by inputs that it has compressed.
 NEUTRAL: dict[str, tuple] = {
     "bias": ("none",), "fan_in_fan_out": (False,), "lora_bias": (False,),
     "layer_replication": (None,), "use_qalora": (False,),
