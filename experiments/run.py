@@ -77,7 +77,10 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
   them and their hosts: a run may go on on others. A field that the run's
   version did not have yet has its default.
   """
-  whole = _filled(config, common.get_config().to_dict())
+  defaults = common.get_config().to_dict()
+  whole = _filled(config, defaults)
+  whole["hybrid"] = {name: _filled(block, defaults["adapter"])
+                     for name, block in whole["hybrid"].items()}
   whole["compute"] = {name: value for name, value in whole["compute"].items()
                       if name not in ("remat", "mlp_tiles", "offload")}
   return {name: block for name, block in whole.items()
@@ -123,13 +126,15 @@ def _execute(config, folder, sinks):
   if config["adapter"]["init_from"]:
     model = model.with_adapter(
         config["adapter"]["init_from"], dropout=config["adapter"]["dropout"])
-    found = model.adapter_config
-    print(f"adapter: {found.method} r={found.rank} alpha={found.alpha:g} of "
-          f"{config['adapter']['init_from']}; of the config's adapter block "
-          "only dropout counts")
+    found = [part.config for part in model.parts.values()] or [
+        model.adapter_config]
+    print("adapter: " + ", ".join(
+        f"{one.method} r={one.rank} alpha={one.alpha:g}" for one in found)
+        + f" of {config['adapter']['init_from']}; of the config's adapter "
+        "block only dropout counts")
   else:
     model = model.adapt(
-        blocks.adapter(config), seed=config["seed"], donate=True)
+        blocks.adapters_of(config), seed=config["seed"], donate=True)
   train = blocks.train(config)
   asked = rows_lib.prompts(
       model, examples, config["data"]["system"], config["train"]["samples"])
@@ -185,8 +190,11 @@ def finish(
           f"{found['peak_device_bytes'] / 2**30:.2f} GiB" + (
               f"; of a step {predicted / 2**30:.2f} predicted"
               if predicted else ""))
+  parts = ", ".join(f"{name} {size:,}" for name, size in found.get(
+      "trainable_by_part", {}).items())
   print(f"{found['trainable_parameters']:,} of {found['total_parameters']:,} "
-        f"parameters trained; {found['wall_seconds']:.0f} s, peak memory "
+        f"parameters trained{parts and f' ({parts})'}; "
+        f"{found['wall_seconds']:.0f} s, peak memory "
         f"{found['peak_host_bytes'] / 2**30:.2f} GiB; see {folder}")
   return found
 

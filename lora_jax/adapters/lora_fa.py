@@ -99,4 +99,4 @@ METHOD = method.Method(
     summary="h = x W0 + (alpha/r) x A B, A frozen", paper="arXiv 2308.03303",
     adapter=LoRAFA, init=init, count="r * o", options=Options, patterns=True,
     rule=rule, vllm=True, form=dataclasses.replace(
-        lora.form(), reads_as="lora"))
+        lora.form(), same_as="lora"))
