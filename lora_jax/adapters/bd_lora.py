@@ -177,6 +177,6 @@ METHOD = method.Method(
     paper="PEFT's use_bdlora", adapter=BDLoRA, init=init, options=Options,
     count="r * i // (nblocks if target in blocked_a else 1)"
     " + r * o // (nblocks if target in blocked_b else 1)",
-    zero_gradients=("a",), vllm=True, form=method.Form(
+    zero_gradients=("a",), form=method.Form(
         peft_type="LORA", config=_config, block=_block,
         requires={"use_bdlora": True}, neutral=lora.neutral("use_bdlora")))
