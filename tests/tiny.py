@@ -52,9 +52,12 @@ def mask(tree):
   def one(node):
     if not isinstance(node, lora.LoRA):
       return node
-    used = np.arange(node.a.shape[-1]) < np.asarray(node.rank)[..., None]
+    def used(width):
+      return np.arange(width) < np.asarray(node.rank)[..., None]
+
     return node.replace(
-        a=node.a * used[..., None, :], b=node.b * used[..., :, None])
+        a=node.a * used(node.a.shape[-1])[..., None, :],
+        b=node.b * used(node.b.shape[-2])[..., :, None])
 
   return jax.tree.map(one, tree, is_leaf=is_adapter)
 

@@ -68,7 +68,8 @@ class Form:
       are the method's own.
     block: inverse of `config`: fields of `AdapterConfig`, `options` among them
       as a mapping.
-    requires: keys by which this row is told from others of the same type.
+    requires: keys by which this row is told from others of the same type, and
+      their values; True is whatever is set.
     neutral: options of PEFT that change what is computed, and the values with
       which it is what this code computes.
     same_as: the row as which these files are read, if they say nothing by

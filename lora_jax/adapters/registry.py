@@ -13,6 +13,7 @@ from typing import Any
 from lora_jax import errors
 from lora_jax.adapters import adalora
 from lora_jax.adapters import base
+from lora_jax.adapters import bd_lora
 from lora_jax.adapters import bias
 from lora_jax.adapters import boft
 from lora_jax.adapters import bottleneck
@@ -28,10 +29,13 @@ from lora_jax.adapters import gralora
 from lora_jax.adapters import hira
 from lora_jax.adapters import hra
 from lora_jax.adapters import ia3
+from lora_jax.adapters import kasa
 from lora_jax.adapters import llama_adapter
 from lora_jax.adapters import loha
 from lora_jax.adapters import lokr
 from lora_jax.adapters import lora
+from lora_jax.adapters import lora_bias
+from lora_jax.adapters import lora_fa
 from lora_jax.adapters import method as method_lib
 from lora_jax.adapters import miss
 from lora_jax.adapters import multitask_prompt
@@ -41,6 +45,7 @@ from lora_jax.adapters import p_tuning
 from lora_jax.adapters import prefix
 from lora_jax.adapters import prompt
 from lora_jax.adapters import pvera
+from lora_jax.adapters import qa_lora
 from lora_jax.adapters import randlora
 from lora_jax.adapters import road
 from lora_jax.adapters import shira
@@ -54,12 +59,17 @@ METHODS: dict[str, method_lib.Method] = {
     "lora": lora.METHOD,
     "rslora": lora.RSLORA,
     "dora": dora.METHOD,
+    "lora_bias": lora_bias.METHOD,
+    "lora_fa": lora_fa.METHOD,
     "boft": boft.METHOD,
     "hra": hra.METHOD,
     "oft": oft.METHOD,
     "road": road.METHOD,
     "shira": shira.METHOD,
     "adalora": adalora.METHOD,
+    "kasa": kasa.METHOD,
+    "bd_lora": bd_lora.METHOD,
+    "qa_lora": qa_lora.METHOD,
     "vera": vera.METHOD,
     "pvera": pvera.METHOD,
     "randlora": randlora.METHOD,

@@ -18,8 +18,8 @@ from lora_jax import types
 from lora_jax.adapters import assemble
 from lora_jax.adapters import base as base_lib
 from lora_jax.adapters import hybrid
-from lora_jax.adapters import registry
 from lora_jax.api import parts as parts_lib
+from lora_jax.api import settings as settings_lib
 from lora_jax.data import dataset as dataset_lib
 from lora_jax.data import formats
 from lora_jax.data import pipeline
@@ -375,36 +375,7 @@ class Model:
         config, pathlib.Path(workdir))
     return model(outcome.state.params, outcome.base), outcome
 
-  def settings(
-      self, *, layout: str, steps: int, remat: str = "auto",
-      optimizer: str = "adamw",
-      precision: precision_lib.Precision | None = None,
-  ) -> step_lib.Settings:
-    """The static choices of a training step.
-
-    Args:
-      layout: of the rows, "packed" or "single".
-      steps: of the run, which some methods divide into phases.
-      remat: what the backward pass keeps, a key of `models.remat.POLICIES`.
-      optimizer: a key of `optim.OPTIMIZERS`.
-      precision: how the state is stored.
-
-    Raises:
-      errors.UsageError: if the method's options do not fit the steps.
-    """
-    precision = precision or precision_lib.Precision()
-    configs = [part.config for part in self.parts.values()] or [
-        self.adapter_config]
-    return step_lib.Settings(
-        dtype=self.dtype, remat=remat,
-        noise=any(
-            config.dropout > 0 or registry.method(config.method).samples
-            for config in configs),
-        optim_dtype=precision.optim_dtype, optimizer=optimizer,
-        mesh=self.mesh, frozen_matmul=precision.frozen_matmul,
-        attention=self._attention(layout), offload=self.offload,
-        rules=tuple(rule for config in configs for rule in registry.rules(
-            config, steps, self.adapters)))
+  settings = settings_lib.settings
 
   def generate(
       self, prompts: Sequence[Sequence[int] | np.ndarray], **options
