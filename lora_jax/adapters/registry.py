@@ -20,6 +20,7 @@ from lora_jax.adapters import full
 from lora_jax.adapters import ia3
 from lora_jax.adapters import lora
 from lora_jax.adapters import method as method_lib
+from lora_jax.adapters import mixture
 from lora_jax.adapters import norms
 from lora_jax.adapters import prefix
 from lora_jax.adapters import prompt
@@ -32,6 +33,7 @@ METHODS: dict[str, method_lib.Method] = {
     "rslora": lora.RSLORA,
     "dora": dora.METHOD,
     "vera": vera.METHOD,
+    "mixture": mixture.METHOD,
     "ia3": ia3.METHOD,
     "bitfit": bias.METHOD,
     "ln_tuning": norms.METHOD,
