@@ -189,18 +189,18 @@ def adapter(**fields) -> config_dict.ConfigDict:
 
 
 def method(
-    name: str, learning_rate: float, **adapter) -> config_dict.ConfigDict:
+    name: str, learning_rate: float, **fields) -> config_dict.ConfigDict:
   """A short run of a PEFT method on a laptop, on the quickstart's model and
   data; `configs/methods/` has one for each.
 
   Args:
     name: of the method.
     learning_rate: its peak.
-    **adapter: further fields of the adapter block.
+    **fields: further fields of the adapter block.
   """
   config = get_config()
   config.model.path = "asset:smollm2-135m-instruct"
-  config.adapter.update({"method": name} | adapter)
+  config.adapter.update({"method": name} | fields)
   config.data.max_length = 128
   config.data.eval_max_length = 256
   config.train.steps = 40

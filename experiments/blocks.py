@@ -224,6 +224,7 @@ def check(config: Config) -> None:
   for build in (quant, skip, adapters_of, train, optim, precision, base_dtype,
                 memory, log, offload):
     build(config)
+  registry.rules(adapter(config), config["train"]["steps"])
   precision_lib.check_frozen_matmul(
       config["compute"]["frozen_matmul"], config["compute"]["dtype"],
       config["adapter"]["method"])

@@ -127,7 +127,8 @@ def build(
     originals: see `starts.replace`.
     donate: see `starts.replace`.
     geometry: the model's sizes; methods that adapt no projection need them.
-    stats: by target, stacked: what starts that look at data were given.
+    stats: (A, B) by target, stacked, that an informed start made of rows; see
+      `train.statistics`.
 
   Returns:
     The base, perhaps with weights replaced or removed, and the adapters.
@@ -168,9 +169,15 @@ def _one(key, config, tree, paths, originals, donate, geometry, stats,
   start, placed = config.start(), place(config, paths)
   if "lm_head" in placed:
     head(tree)
+  if start.informed is not None and stats is None:
+    raise errors.UsageError(
+        f"adapter.init={config.init} looks at training rows, and none were "
+        "given; pass rows=..., or use adapter.init=default")
   given: Mapping[str, Any] = {}
-  if start.decompose is not None:
-    tree, given = starts.replace(start, tree, placed, originals, donate)
+  if start.replaces:
+    tree, given = starts.replace(
+        start, tree, placed, originals, donate, stats)
+    stats = None
   shapes = {name: shape(tree, name) for name in placed}
   shared = None
   if row.share is not None:

@@ -74,6 +74,7 @@ class Geometry:
     e: width of a head.
     l: layers.
     v: vocabulary.
+    embed_scale: of the embeddings as they enter the first layer.
   """
 
   d: int
@@ -83,6 +84,7 @@ class Geometry:
   e: int
   l: int  # The glossary's letter.
   v: int
+  embed_scale: float = 1.0
 
 
 @struct.dataclass
@@ -94,7 +96,7 @@ class Slot:
     scale: `[]`, what the registry's row makes of alpha and r.
     rate: `[]`, dropout rate.
     given: (A, B) that were taken out of the weight, or None; see `starts`.
-    stats: what was gathered for this place, or None; see `starts`.
+    stats: (A, B) that were made of rows, or None; see `starts`.
     target: its name; static, as all below.
     width: the largest rank of the stack.
     shape: `(i, o)` of a projection, `(v, d)` of the table, `(d,)` of a norm,
@@ -264,13 +266,24 @@ class Adapter:
   # --- input
 
   def virtual(self) -> types.Array:
-    """Embeddings `[n, d]` of the virtual tokens before every segment."""
+    """Embeddings `[n, d]` of the virtual tokens before every segment; of
+    several `tasks` one after the other, each as many."""
     raise TypeError(f"{type(self).__name__} has no virtual tokens")
+
+  @property
+  def tasks(self) -> int:
+    """Tasks whose virtual tokens differ."""
+    return 1
 
   # --- what all layers share
 
   def bound(self, shared: types.Tree) -> Adapter:
     """With its part of `Adapters.shared`, of one layer."""
+    del shared
+    return self
+
+  def folded(self, shared: types.Tree) -> Adapter:
+    """One that needs no part of `Adapters.shared`, if that is no larger."""
     del shared
     return self
 
@@ -344,7 +357,8 @@ class Adapter:
     """With another rate of dropout, if it has one."""
     if not hasattr(self, "rate"):
       return self
-    return dataclasses.replace(self, rate=jnp.full_like(self.rate, rate))
+    return self.replace(  # type: ignore[attr-defined]
+        rate=jnp.full_like(self.rate, rate))
 
   def rate_groups(self, embedding: bool = False) -> Adapter:
     """A key of `RATE_GROUPS` or None in place of every leaf.

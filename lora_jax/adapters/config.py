@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from lora_jax import errors
+from lora_jax.adapters import options as options_lib
 from lora_jax.adapters import starts
 
 
@@ -21,12 +22,14 @@ class AdapterConfig:
     alpha: numerator of the scale, alpha/r (rsLoRA: alpha/sqrt(r)).
     dropout: rate on the adapter's input, in [0, 1).
     targets: which places; see `targets.select`. "auto" is the method's own.
-    layers: which layers, `"0-7,20"`, or None for all.
+    layers: which layers, `"0-7,20"` or `"last 8"`, or None for all.
     rank_pattern: module name or regex -> rank (PEFT's rule).
     alpha_pattern: module name or regex -> alpha.
     init: where A and B start; see `starts`.
     options: what only this method is told: a mapping, or its own dataclass.
     loftq_iterations: of init="loftq".
+    init_batches: how many batches of rows a start looks at that looks at rows.
+    init_options: what only such a start is told, as `options`.
     modules_to_save: targets that are trained whole; see `saved`.
     trainable_token_indices: tokens whose embeddings are trained; see `tokens`.
       "new" stands for those that the model was given (`api.load`).
@@ -43,6 +46,8 @@ class AdapterConfig:
   options: Any = dataclasses.field(default_factory=dict)
   init: str = "default"
   loftq_iterations: int = 1
+  init_batches: int = 8
+  init_options: Any = dataclasses.field(default_factory=dict)
   modules_to_save: tuple[str, ...] = ()
   trainable_token_indices: tuple[int, ...] | str = ()
 
@@ -54,7 +59,9 @@ class AdapterConfig:
     """
     if options is not None:
       return dataclasses.replace(
-          self, options=_options(self.options, options)).validate()
+          self, options=options_lib.parse(
+              "adapter.options", self.options, options),
+          init_options=self.start().informed or {}).validate()
     ranks = {"adapter.rank": self.rank} | {
         f'adapter.rank_pattern["{k}"]': v for k, v in self.rank_pattern.items()}
     for place, rank in ranks.items():
@@ -69,7 +76,16 @@ class AdapterConfig:
       raise errors.UsageError(
           f"adapter.loftq_iterations={self.loftq_iterations} is out of range; "
           "use an integer from 1 to 100")
+    if not isinstance(self.init_batches, int) or self.init_batches < 1:
+      raise errors.UsageError(
+          f"adapter.init_batches={self.init_batches} is out of range; use an "
+          "integer of at least 1")
     self.start()
+    for place, rank in ranks.items():
+      if self.init == "orthogonal" and rank % 2:
+        raise errors.UsageError(
+            f"{place}={rank} is odd, and adapter.init=orthogonal halves it; "
+            "use an even rank, or adapter.init=default")
     alphas = {"adapter.alpha": self.alpha} | {
         f'adapter.alpha_pattern["{k}"]': v
         for k, v in self.alpha_pattern.items()}
@@ -85,51 +101,8 @@ class AdapterConfig:
     Raises:
       errors.UsageError: if `init` names nothing.
     """
-    return starts.choose(self.init, self.loftq_iterations)
-
-
-def _options(given: Any, kind: type) -> Any:
-  """`given` as a `kind`, each value as its default's type."""
-  if isinstance(given, kind):
-    return given
-  if dataclasses.is_dataclass(given):
-    raise errors.UsageError(
-        f"adapter.options={given} belongs to another method; give "
-        f"{kind.__name__}")
-  known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore
-  found = {}
-  for name, value in given.items():
-    field = errors.choose("adapter.options", name, known)
-    found[name] = _like(name, value, field.default)
-  made = kind(**found)
-  check = getattr(made, "validate", None)
-  if check is not None:
-    check()
-  return made
-
-
-def _like(name: str, value: Any, default: Any) -> Any:
-  """A value, perhaps of a command line, as its default's type."""
-  place = f"adapter.options.{name}"
-  if isinstance(default, bool):
-    if value in (True, False):
-      return bool(value)
-    if str(value).lower() in ("true", "false"):
-      return str(value).lower() == "true"
-    raise errors.UsageError(f"{place}={value} is no bool; use true or false")
-  if isinstance(default, tuple):
-    parts = value.split("+") if isinstance(value, str) else value
-    kind = type(default[0]) if default else str
-    return tuple(kind(part) for part in parts)
-  kind = type(default)
-  try:
-    number = kind(value)
-  except (TypeError, ValueError):
-    number = None
-  if number is None or (kind is int and float(value) != number):
-    raise errors.UsageError(
-        f"{place}={value} is no {kind.__name__}; use one such as {default}")
-  return number
+    return starts.choose(
+        self.init, self.loftq_iterations, self.init_options)
 
 
 def by_pattern(path: str, pattern: Mapping, default):

@@ -184,4 +184,5 @@ def init(key, weight, slot, shared=None):
 METHOD = method.Method(
     summary="h = m/||W0 + sAB|| x (W0 + sAB)", paper="arXiv 2402.09353",
     adapter=DoRA, init=init, count="r * (i + o) + o", embeddings=True,
-    patterns=True, zero_gradients=("a",), form=lora.form(use_dora=True))
+    patterns=True, starts=True, zero_gradients=("a",),
+    form=lora.form(use_dora=True))

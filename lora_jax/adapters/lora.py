@@ -145,6 +145,9 @@ def init(key, weight, slot, shared=None):
   if slot.given is not None:
     a, b = slot.given
     return LoRA(a=a, b=b, a0=a, b0=b, **slot.values())
+  if slot.stats is not None:
+    a, b = slot.stats
+    return LoRA(a=a, b=b, **slot.values())
   draw: Any = starts.embedding if slot.embedding else slot.start.draw
   a, b = draw(key, *weight.shape[-2:], slot.width, slot.rank)
   return LoRA(a=a, b=b, **slot.values())
@@ -208,7 +211,7 @@ def form(**requires: Any) -> method.Form:
 METHOD = method.Method(
     summary="h = x W0 + (alpha/r) x A B", paper="arXiv 2106.09685",
     adapter=LoRA, init=init, count="r * (i + o)", embeddings=True,
-    patterns=True, zero_gradients=("a",), form=form(), vllm=True)
+    patterns=True, starts=True, zero_gradients=("a",), form=form(), vllm=True)
 RSLORA = dataclasses.replace(
     METHOD, summary="h = x W0 + (alpha/sqrt(r)) x A B",
     paper="arXiv 2312.03732",

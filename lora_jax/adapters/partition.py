@@ -151,14 +151,17 @@ def prepared(
   Returns:
     A tree that computes the same.
   """
+  shared = adapters.shared
   layers = {
       name: jax.lax.map(
-          lambda pair: pair[0].prepared(
-              host_lib.on_device(pair[1]), adapters.shared).narrowed(dtype),
+          lambda pair: pair[0].folded(shared).prepared(
+              host_lib.on_device(pair[1]), shared).narrowed(dtype),
           (adapter, _weight(tree, name, True)))
       for name, adapter in adapters.layers.items()}
-  outer = {name: adapter.prepared(_weight(tree, name, False), adapters.shared)
-           for name, adapter in adapters.outer.items()}
+  outer = {
+      name: adapter.folded(shared).prepared(
+          _weight(tree, name, False), shared)
+      for name, adapter in adapters.outer.items()}
   return dataclasses.replace(adapters, layers=layers, outer=outer)
 
 
@@ -175,4 +178,11 @@ def virtual_tokens(adapters: base.Adapters | None) -> int:
     return 0
   return jax.eval_shape(
       lambda a, shared: a.bound(shared).virtual(), adapters.outer["prompt"],
-      adapters.shared).shape[0]
+      adapters.shared).shape[0] // virtual_tasks(adapters)
+
+
+def virtual_tasks(adapters: base.Adapters | None) -> int:
+  """Tasks whose virtual tokens differ."""
+  if adapters is None or "prompt" not in adapters.outer:
+    return 1
+  return adapters.outer["prompt"].tasks

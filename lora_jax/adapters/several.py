@@ -152,6 +152,11 @@ class Several(base.Adapter):
     return dataclasses.replace(self, parts=self.parts | {
         first: self.parts[first].with_constants(values)})
 
+  def folded(self, shared):
+    return dataclasses.replace(self, parts={
+        name: part.folded((shared or {}).get(name))
+        for name, part in self.parts.items()})
+
   def prepared(self, weight, shared=None):
     found = {}
     for name, part in zip(self.order, self, strict=True):
@@ -203,8 +208,18 @@ class Several(base.Adapter):
 
   # --- input
 
+  @property
+  def tasks(self) -> int:  # type: ignore[override]
+    return max(part.tasks for part in self)
+
   def virtual(self):
-    return jnp.concatenate([part.virtual() for part in self])
+    rows = [part.virtual() for part in self]
+    d = rows[0].shape[-1]
+    by_task = [jnp.broadcast_to(
+        x.reshape(part.tasks, -1, d),
+        (self.tasks, x.shape[0] // part.tasks, d))
+               for x, part in zip(rows, self, strict=True)]
+    return jnp.concatenate(by_task, 1).reshape(-1, d)
 
   # --- trees
 

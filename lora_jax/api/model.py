@@ -18,6 +18,7 @@ from lora_jax import types
 from lora_jax.adapters import assemble
 from lora_jax.adapters import base as base_lib
 from lora_jax.adapters import hybrid
+from lora_jax.adapters import registry
 from lora_jax.api import parts as parts_lib
 from lora_jax.data import dataset as dataset_lib
 from lora_jax.data import formats
@@ -43,6 +44,7 @@ from lora_jax.train import memory as memory_lib
 from lora_jax.train import optim as optim_lib
 from lora_jax.train import precision as precision_lib
 from lora_jax.train import sinks as sinks_lib
+from lora_jax.train import statistics
 from lora_jax.train import step as step_lib
 
 
@@ -99,6 +101,7 @@ class Model:
 
   def adapt(
       self, config: hybrid.Configs | None = None, *,
+      rows: dataset_lib.Dataset | None = None, batch_size: int = 4,
       seed: int = 0, donate: bool = False, **fields) -> Model:
     """With fresh adapters.
 
@@ -106,18 +109,21 @@ class Model:
       config: the adapter block; or give its fields by name. Several, in a
         list or by name, stand in one model, the innermost first; see
         `adapters.several`.
+      rows: to train on, from `encode`; for starts that look at some of them.
+      batch_size: rows at a time, as in `evaluate`.
       seed: of the initialisation.
       donate: whether an init that replaces base weights writes over those of
         this model, which is then of no more use; large bases fit once.
       **fields: of `AdapterConfig`, if `config` is None.
 
     Raises:
-      errors.UsageError: for an unknown method or target, or a bad value.
+      errors.UsageError: for an unknown method or target, a bad value, or
+        without rows for a start that looks at them.
     """
     if config is None:
       config = adapters_lib.AdapterConfig(**fields)
     self._check_whole()
-    parts = {}
+    parts, configs = {}, {}
     if isinstance(config, adapters_lib.AdapterConfig):
       config = first = self._with_tokens(config)
     else:
@@ -126,10 +132,21 @@ class Model:
       configs[name] = first = self._with_tokens(configs[name])
       parts = {name: parts_lib.Part(one) for name, one in configs.items()}
       config = configs
+    originals, stats = load_lib.originals(self.source, self._whole), None
+    if rows is not None and first.start().informed is not None:
+      changed, stats = statistics.gather(
+          first, self._some(rows, first.init_batches, batch_size, seed),
+          base=self.base, paths=self.paths, model=self.config,
+          settings=step_lib.Settings(
+              dtype=self.dtype, remat="full", mesh=self.mesh,
+              attention=self._attention("single"), offload=self.offload),
+          originals=originals)
+      config = first = changed
+      if parts:
+        config = hybrid.by_name(configs) | {next(iter(parts)): first}
     base, tree = adapters_lib.build(
-        jax.random.key(seed), config, self.base, self.paths,
-        load_lib.originals(self.source, self._whole), donate,
-        modules.geometry(self.config))
+        jax.random.key(seed), config, self.base, self.paths, originals, donate,
+        modules.geometry(self.config), stats)
     return self._with(base, tree, first, None, parts)
 
   def _with_tokens(self, config):
@@ -142,6 +159,15 @@ class Model:
       config = dataclasses.replace(
           config, trainable_token_indices=self.new_tokens)
     return config
+
+  def _some(self, rows, number, batch_size, seed):
+    """The first batches of an epoch, one example a row, on the devices."""
+    ways = mesh_lib.ways(self.mesh)
+    batches = pipeline.Batches(
+        rows, -(-batch_size // ways) * ways, 1, int(rows.lengths.max()), False,
+        seed)
+    return [self._place_batch(jax.tree.map(lambda x: x[0], batches.batch(n)))
+            for n in range(min(number, batches.steps_per_epoch))]
 
   def _with(self, base, tree, config, text, parts):
     """With these adapters, and a base that their start may have changed."""
@@ -248,7 +274,9 @@ class Model:
       batch_size: rows at a time, rounded up to what the mesh divides.
     """
     ways = mesh_lib.ways(self.mesh)
-    rows = virtual.ahead(rows, adapters_lib.virtual_tokens(self.adapters))
+    rows = virtual.ahead(
+        rows, adapters_lib.virtual_tokens(self.adapters),
+        adapters_lib.virtual_tasks(self.adapters))
     return self.row_losses(
         pipeline.eval_batches(rows, -(-batch_size // ways) * ways))
 
@@ -315,26 +343,24 @@ class Model:
           self, base=base, adapters=adapters_lib.join(
               precision_lib.widen(params), frozen))
 
+    settings = self.settings(
+        layout="packed" if packing else "single", steps=config.steps,
+        remat=remat, optimizer=optim.name, precision=precision)
     evaluate = None if held_out is None else (
         lambda *now: model(*now).evaluate(
             held_out, batch_size=config.batch_size))
     task = loop.Task(
         model=self.config, base=self.base, frozen=frozen,
         batches=pipeline.Batches(
-            virtual.ahead(rows, ahead), config.batch_size,
+            virtual.ahead(
+                rows, ahead, adapters_lib.virtual_tasks(self.adapters)),
+            config.batch_size,
             config.accumulation, longest + ahead, packing, seed),
         learning_rates=optim_lib.learning_rates(optim, config.steps),
         optim=optim,
         base_digest=self.replaced,
         memory=(memory or memory_lib.MemoryConfig()).validate(),
-        settings=step_lib.Settings(
-            dtype=self.dtype, remat=remat,
-            noise=self.adapter_config.dropout > 0 or any(
-                part.config.dropout > 0 for part in self.parts.values()),
-            optim_dtype=precision.optim_dtype, optimizer=optim.name,
-            mesh=self.mesh, frozen_matmul=precision.frozen_matmul,
-            attention=self._attention("packed" if packing else "single"),
-            offload=self.offload),
+        settings=settings,
         key=jax.random.key(seed),
         place=self._place_batch,
         evaluate=evaluate,
@@ -344,9 +370,39 @@ class Model:
         sinks=sinks or sinks_lib.Sinks(), donate=donate)
     outcome = loop.fit(
         task, self._place(step_lib.init_state(
-            params, precision, self.dtype, optim.name, self.offload)),
+            params, precision, self.dtype, optim.name, self.offload,
+            settings.rules)),
         config, pathlib.Path(workdir))
     return model(outcome.state.params, outcome.base), outcome
+
+  def settings(
+      self, *, layout: str, steps: int, remat: str = "auto",
+      optimizer: str = "adamw",
+      precision: precision_lib.Precision | None = None,
+  ) -> step_lib.Settings:
+    """The static choices of a training step.
+
+    Args:
+      layout: of the rows, "packed" or "single".
+      steps: of the run, which some methods divide into phases.
+      remat: what the backward pass keeps, a key of `models.remat.POLICIES`.
+      optimizer: a key of `optim.OPTIMIZERS`.
+      precision: how the state is stored.
+
+    Raises:
+      errors.UsageError: if the method's options do not fit the steps.
+    """
+    precision = precision or precision_lib.Precision()
+    configs = [part.config for part in self.parts.values()] or [
+        self.adapter_config]
+    return step_lib.Settings(
+        dtype=self.dtype, remat=remat,
+        noise=any(config.dropout > 0 for config in configs),
+        optim_dtype=precision.optim_dtype, optimizer=optimizer,
+        mesh=self.mesh, frozen_matmul=precision.frozen_matmul,
+        attention=self._attention(layout), offload=self.offload,
+        rules=tuple(rule for config in configs for rule in registry.rules(
+            config, steps, self.adapters)))
 
   def generate(
       self, prompts: Sequence[Sequence[int] | np.ndarray], **options
