@@ -169,10 +169,11 @@ def test_another_folder_is_left_alone(model, tmp_path):
 
 # What PEFT's PeftMixedModel takes, as far as it is in the table. It nests
 # methods of different kinds. LoRA and DoRA are one kind to it, and all add to
-# W0: a DoRA behind a LoRA does not see it there, as it does here.
+# W0: a DoRA behind a LoRA does not see it there, as it does here. An OFT that
+# comes first it does not load.
 MIXED = [pair for pair in (
     ("lora", "lora"), ("dora", "lora"), ("lora", "loha"), ("loha", "lora"),
-    ("lora", "lokr"), ("lora", "oft"), ("oft", "lora"))
+    ("lora", "lokr"), ("lora", "oft"))
          if set(pair) <= set(adapters_lib.METHODS)]
 
 
