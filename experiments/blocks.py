@@ -15,6 +15,7 @@ from lora_jax import host as host_lib
 from lora_jax import mesh as mesh_lib
 from lora_jax import quant as quant_lib
 from lora_jax.adapters import registry
+from lora_jax.adapters import rules
 from lora_jax.kernels import attention
 from lora_jax.models import hf
 from lora_jax.models import remat
@@ -224,7 +225,7 @@ def check(config: Config) -> None:
   for build in (quant, skip, adapters_of, train, optim, precision, base_dtype,
                 memory, log, offload):
     build(config)
-  registry.rules(adapter(config), config["train"]["steps"])
+  rules.check(adapters_of(config), config["train"]["steps"])
   precision_lib.check_frozen_matmul(
       config["compute"]["frozen_matmul"], config["compute"]["dtype"],
       config["adapter"]["method"])

@@ -38,6 +38,7 @@ from lora_jax.adapters import lora_bias
 from lora_jax.adapters import lora_fa
 from lora_jax.adapters import method as method_lib
 from lora_jax.adapters import miss
+from lora_jax.adapters import mixture
 from lora_jax.adapters import multitask_prompt
 from lora_jax.adapters import norms
 from lora_jax.adapters import oft
@@ -72,6 +73,7 @@ METHODS: dict[str, method_lib.Method] = {
     "qa_lora": qa_lora.METHOD,
     "vera": vera.METHOD,
     "pvera": pvera.METHOD,
+    "mixture": mixture.METHOD,
     "randlora": randlora.METHOD,
     "vblora": vblora.METHOD,
     "fourierft": fourierft.METHOD,

@@ -123,42 +123,22 @@ class Model:
     if config is None:
       config = adapters_lib.AdapterConfig(**fields)
     self._check_whole()
-    parts, configs = {}, {}
-    if isinstance(config, adapters_lib.AdapterConfig):
-      config = first = self._with_tokens(config)
-    else:
-      configs = hybrid.by_name(config)
-      name = next(iter(configs))
-      configs[name] = first = self._with_tokens(configs[name])
-      parts = {name: parts_lib.Part(one) for name, one in configs.items()}
-      config = configs
+    configs = parts_lib.configs(config, self.new_tokens)
+    name, first = next(iter(configs.items()))
     originals, stats = load_lib.originals(self.source, self._whole), None
     if rows is not None and first.start().informed is not None:
-      changed, stats = statistics.gather(
+      configs[name], stats = statistics.gather(
           first, self._some(rows, first.init_batches, batch_size, seed),
           base=self.base, paths=self.paths, model=self.config,
           settings=step_lib.Settings(
               dtype=self.dtype, remat="full", mesh=self.mesh,
               attention=self._attention("single"), offload=self.offload),
           originals=originals)
-      config = first = changed
-      if parts:
-        config = hybrid.by_name(configs) | {next(iter(parts)): first}
     base, tree = adapters_lib.build(
-        jax.random.key(seed), config, self.base, self.paths, originals, donate,
-        modules.geometry(self.config), stats)
-    return self._with(base, tree, first, None, parts)
-
-  def _with_tokens(self, config):
-    """A config that has the ids of the tokens it calls new."""
-    if config.trainable_token_indices == "new":
-      if not self.new_tokens:
-        raise errors.UsageError(
-            'adapter.trainable_token_indices="new", but model.add_tokens names '
-            "none; give ids, or name tokens there")
-      config = dataclasses.replace(
-          config, trainable_token_indices=self.new_tokens)
-    return config
+        jax.random.key(seed), configs if name else configs[name], self.base,
+        self.paths, originals, donate, modules.geometry(self.config), stats)
+    return self._with(base, tree, configs[name], None, {
+        n: parts_lib.Part(one) for n, one in configs.items() if n})
 
   def _some(self, rows, number, batch_size, seed):
     """The first batches of an epoch, one example a row, on the devices."""
@@ -171,10 +151,7 @@ class Model:
 
   def _with(self, base, tree, config, text, parts):
     """With these adapters, and a base that their start may have changed."""
-    first = parts_lib.first(tree, parts)  # No other can have changed it.
-    taken = {name: (a.a0, a.b0)
-             for name, a in (first.layers | first.outer).items()
-             if getattr(a, "a0", None) is not None}
+    taken = parts_lib.taken(tree, parts)
     replaced = None
     if taken:
       base = self._place(base)

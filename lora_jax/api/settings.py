@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lora_jax.adapters import registry
+from lora_jax.adapters import rules
 from lora_jax.train import precision as precision_lib
 from lora_jax.train import step as step_lib
 
@@ -28,15 +29,14 @@ def settings(
     errors.UsageError: if the method's options do not fit the steps.
   """
   precision = precision or precision_lib.Precision()
-  configs = [part.config for part in model.parts.values()] or [
-      model.adapter_config]
+  configs = {name: part.config for name, part in model.parts.items()} or {
+      "": model.adapter_config}
   return step_lib.Settings(
       dtype=model.dtype, remat=remat,
       noise=any(
           config.dropout > 0 or registry.method(config.method).samples
-          for config in configs),
+          for config in configs.values()),
       optim_dtype=precision.optim_dtype, optimizer=optimizer, mesh=model.mesh,
       frozen_matmul=precision.frozen_matmul,
       attention=model._attention(layout), offload=model.offload,
-      rules=tuple(rule for config in configs for rule in registry.rules(
-          config, steps, model.adapters)))
+      rules=rules.of_parts(configs, steps, model.adapters))
