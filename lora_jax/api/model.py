@@ -378,9 +378,9 @@ class Model:
     Adapters that started by replacing base weights (`adapters.starts`) need
     them replaced again when they are read: `with_adapter` does so, exactly;
     PEFT does so for PiSSA and OLoRA on an unquantised base. What a start made
-    of rows is in the folder, which is a difference for PEFT. Their
-    *difference* is an ordinary LoRA of twice the rank on the original weights. It computes what
-    was trained if the base is not quantised; if it is, what was trained
+    of rows is in the folder, which is a difference for PEFT. The *difference*
+    is an ordinary LoRA of twice the rank on the original weights. It computes
+    what was trained if the base is not quantised; if it is, what was trained
     beside the quantised residual now stands beside the original weights, and
     differs by the residual's quantisation error. (`save_merged` is exact.)
 

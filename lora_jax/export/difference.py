@@ -13,6 +13,7 @@ make, and A0 and B0 are in the file, for whoever knows that they are (`BEGAN`).
 from __future__ import annotations
 
 from collections.abc import Mapping
+import dataclasses
 import math
 from typing import Any
 
@@ -91,6 +92,6 @@ def rejoined(
       return adapter
     return adapter.replace(a0=start.a, b0=start.b)
 
-  return now.replace(
-      layers={k: one(k, v, then.layers[k]) for k, v in now.layers.items()},
+  return dataclasses.replace(
+      now, layers={k: one(k, v, then.layers[k]) for k, v in now.layers.items()},
       outer={k: one(k, v, then.outer[k]) for k, v in now.outer.items()})

@@ -231,5 +231,5 @@ def test_a_run_that_goes_on_ends_as_one_that_did_not_stop(
     other = models[fmt].adapt(
         rows=rows.select([2, 3]), batch_size=2, init=start, method=method,
         **BLOCK)
-    with pytest.raises(errors.UserError, match="same adapter.init"):
+    with pytest.raises(errors.UserError, match=r"same adapter\.init"):
       train(other, 4, tmp_path / "other")
