@@ -39,36 +39,12 @@ def get_config() -> config_dict.ConfigDict:
   config.quant.double = True
   config.quant.skip = "lm_head,embed_tokens"
 
-  config.adapter = c()
-  config.adapter.method = "lora"  # docs/METHODS.md lists them all
-  # What only this method is told: "d_initial=0.1,projection_key=3".
-  config.adapter.options = ""
-  config.adapter.rank = 16
-  config.adapter.alpha = 32.0
-  config.adapter.dropout = 0.0
-  # auto (the method's own), all-linear, attention, mlp, names
-  # ("q_proj,v_proj"), or a regex.
-  config.adapter.targets = "auto"
-  config.adapter.layers = ""  # "0-7,20"; empty is all
-  # Ranks and alphas of some modules: "v_proj=32,layers.0.mlp.up_proj=4", a
-  # module's name, the end of its path, or a regex without a comma.
-  config.adapter.rank_pattern = ""
-  config.adapter.alpha_pattern = ""
-  # Where A and B start: default, gaussian, orthogonal, or taken out of the
-  # weights, which are replaced by what is left: pissa, pissa_niter_<n> (fast),
-  # loftq, olora; or made of the first training rows as well: eva, corda,
-  # lora_ga.
-  config.adapter.init = "default"
-  config.adapter.loftq_iterations = 1
-  # Batches of rows that eva, corda and lora_ga look at, and what only they are
-  # told: "rho=2.0" (eva), "corda_method=kpm", "direction=ArBr" (lora_ga).
-  config.adapter.init_batches = 8
-  config.adapter.init_options = ""
-  # Modules trained whole beside the adapters: "lm_head,norm,input_layernorm".
-  config.adapter.modules_to_save = ""
-  # Tokens whose embeddings are trained: "49152,49153", or new: add_tokens.
-  config.adapter.trainable_token_indices = ""
-  config.adapter.init_from = ""  # a PEFT folder to go on from
+  config.adapter = adapter()
+  # Further methods in the same model, each a block like `adapter`:
+  #   config.hybrid.houlsby = common.adapter(method="houlsby", rank=8)
+  # They adapt what the adapter block leaves, in the order of their names
+  # (lora_jax/adapters/several.py).
+  config.hybrid = c()
 
   config.data = c()
   # A file, a folder, a hub name (owner/name or owner/name:subset), or
@@ -181,19 +157,56 @@ def get_config() -> config_dict.ConfigDict:
   return config
 
 
+def adapter(**fields) -> config_dict.ConfigDict:
+  """An adapter block: the defaults, but for the fields that are given."""
+  block = config_dict.ConfigDict()
+  block.method = "lora"  # docs/METHODS.md lists them all
+  # What only this method is told: "d_initial=0.1,projection_key=3".
+  block.options = ""
+  block.rank = 16
+  block.alpha = 32.0
+  block.dropout = 0.0
+  # auto (the method's own), all-linear, attention, mlp, names
+  # ("q_proj,v_proj"), or a regex.
+  block.targets = "auto"
+  block.layers = ""  # "0-7,20"; empty is all
+  # Ranks and alphas of some modules: "v_proj=32,layers.0.mlp.up_proj=4", a
+  # module's name, the end of its path, or a regex without a comma.
+  block.rank_pattern = ""
+  block.alpha_pattern = ""
+  # Where A and B start: default, gaussian, orthogonal, or taken out of the
+  # weights, which are replaced by what is left: pissa, pissa_niter_<n> (fast),
+  # loftq, olora; or made of the first training rows as well: eva, corda,
+  # lora_ga.
+  block.init = "default"
+  block.loftq_iterations = 1
+  # Batches of rows that eva, corda and lora_ga look at, and what only they are
+  # told: "rho=2.0" (eva), "corda_method=kpm", "direction=ArBr" (lora_ga).
+  block.init_batches = 8
+  block.init_options = ""
+  # Modules trained whole beside the adapters: "lm_head,norm,input_layernorm".
+  block.modules_to_save = ""
+  # Tokens whose embeddings are trained: "49152,49153", or new: add_tokens.
+  block.trainable_token_indices = ""
+  block.init_from = ""  # a PEFT folder to go on from
+  block.lock()  # A field that does not exist is an error.
+  block.update(fields)
+  return block.unlock()
+
+
 def method(
-    name: str, learning_rate: float, **adapter) -> config_dict.ConfigDict:
+    name: str, learning_rate: float, **fields) -> config_dict.ConfigDict:
   """A short run of a PEFT method on a laptop, on the quickstart's model and
   data; `configs/methods/` has one for each.
 
   Args:
     name: of the method.
     learning_rate: its peak.
-    **adapter: further fields of the adapter block.
+    **fields: further fields of the adapter block.
   """
   config = get_config()
   config.model.path = "asset:smollm2-135m-instruct"
-  config.adapter.update({"method": name} | adapter)
+  config.adapter.update({"method": name} | fields)
   config.data.max_length = 128
   config.data.eval_max_length = 256
   config.train.steps = 40

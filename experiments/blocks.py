@@ -51,7 +51,46 @@ def skip(config: Config) -> tuple[str, ...]:
 
 
 def adapter(config: Config) -> adapters.AdapterConfig:
-  block = config["adapter"]
+  """The `adapter` block, checked."""
+  return _adapter(config["adapter"])
+
+
+def adapters_of(config: Config) -> adapters.hybrid.Configs:
+  """The `adapter` block; with those of `hybrid` by name, if there are any.
+
+  Raises:
+    errors.UsageError: for the first value that cannot be, as `hybrid.<name>`.
+  """
+  first = adapter(config)
+  others = config.get("hybrid")  # Runs of earlier versions do not have it.
+  if not others:
+    return first
+  if config["adapter"]["init_from"]:
+    raise errors.UsageError(
+        f"adapter.init_from={config['adapter']['init_from']} says what stands "
+        "in the model; leave hybrid empty")
+  if first.method in others:
+    raise errors.UsageError(
+        f"hybrid.{first.method}: the adapter block has this name, its method's;"
+        f" call the other {first.method}_2, or the like")
+  found = {first.method: first}
+  for name in sorted(others):
+    with adapters.hybrid.named(name):
+      if not isinstance(others[name], Mapping) or "method" not in others[name]:
+        raise errors.UsageError(
+            f"hybrid.{name} is no adapter block; write config.hybrid.{name} = "
+            'common.adapter(method="houlsby", rank=8)')
+      if others[name]["init_from"]:
+        raise errors.UsageError(
+            f"adapter.init_from={others[name]['init_from']}: only the adapter "
+            "block can start from a folder, with all that is in it")
+      found[name] = _adapter(others[name])
+  found = adapters.hybrid.by_name(found)
+  adapters.hybrid.alone(found)
+  return found
+
+
+def _adapter(block: Config) -> adapters.AdapterConfig:
   found = _fields(
       adapters.AdapterConfig, block, options=_options("options", block),
       init_options=_options("init_options", block),
@@ -183,9 +222,10 @@ def check(config: Config) -> None:
   Raises:
     errors.UsageError: for the first value that cannot be.
   """
-  for build in (quant, skip, adapter, train, optim, precision, base_dtype,
+  for build in (quant, skip, adapters_of, train, optim, precision, base_dtype,
                 memory, log, offload):
     build(config)
+  registry.rules(adapter(config), config["train"]["steps"])
   precision_lib.check_frozen_matmul(
       config["compute"]["frozen_matmul"], config["compute"]["dtype"],
       config["adapter"]["method"])

@@ -111,13 +111,16 @@ class Trial:
 
   def __init__(self, shop: Lab, config: dict[str, Any]):
     self.shop, self.config = shop, config
-    block = blocks.adapter(config)
+    block = blocks.adapters_of(config)
     self.model = shop.model.adapt(block, seed=config["seed"], rows=shop.rows)
     self.params, self.frozen = adapters_lib.split(self.model.adapters)
     ahead = adapters_lib.virtual_tokens(self.model.adapters)
     train = config["train"]
     self.batches = pipeline.Batches(
-        virtual.ahead(shop.rows, ahead), train["batch_size"],
+        virtual.ahead(
+            shop.rows, ahead,
+            adapters_lib.virtual_tasks(self.model.adapters)),
+        train["batch_size"],
         train["accumulation"], config["data"]["max_length"] + ahead,
         config["data"]["packing"], config["seed"])
     self.optim = blocks.optim(config)
@@ -130,7 +133,8 @@ class Trial:
         self.params, dtype=self.model.dtype, rules=self.settings.rules)
 
   def step(self, state, batch, hyper, key):
-    return step_lib.train_step(
+    # Whoever compiles it gives the compiler's options: they are for the whole.
+    return step_lib.train_step.__wrapped__(
         state, self.frozen, self.model.base, batch, hyper, key,
         model=self.model.config, settings=self.settings)
 
@@ -180,7 +184,7 @@ class Trial:
       jax.block_until_ready((state, metrics))
       if number >= 3:
         seconds.append(time.perf_counter() - start)
-    analysis = compiled.memory_analysis()
+    analysis: Any = compiled.memory_analysis()
     real = int((np.asarray(batch.tokens) >= 0).sum())
     median = std_statistics.median(seconds)
     return {

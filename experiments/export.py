@@ -8,7 +8,8 @@
   peft  the adapter, for Hugging Face PEFT and what reads its folders; of a run
         whose adapter.init changed the base (pissa, loftq ...) the difference
         from its start, for the original base (exact if quant.format=none)
-  hf    the whole model, the adapter merged onto the dequantised base
+  hf    the whole model, the adapter merged onto the dequantised base; of
+        several methods those that can be, the others in its folder adapter/
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from experiments import cli
 from experiments import trained
 from lora_jax import errors
 from lora_jax import quant
+from lora_jax.api import parts
 from lora_jax.export import hf as hf_export
 
 FORMATS = ("peft", "hf")
@@ -69,7 +71,13 @@ def main(values: flags.FlagValues = flags.FLAGS) -> None:
   folder = check_output(values.output)
   model = trained.from_flags(values)
   if values.format == "hf":
-    model.save_merged(folder, values.dtype or "float32")
+    model.save_merged(
+        folder, values.dtype or "float32", model.mergeable or None)
+    left = [name for name in model.parts if name not in model.mergeable]
+    if left:
+      rest = folder / parts.REST
+      print(f"note: {', '.join(left)} cannot be merged; it is an adapter of "
+            f"the merged model now: --model={folder} --adapter={rest}")
   elif not (model.adapters.layers or model.adapters.outer):
     raise errors.UserError(
         "--format=peft: this model has no adapter (its method trains the "
@@ -80,7 +88,7 @@ def main(values: flags.FlagValues = flags.FLAGS) -> None:
       print("note: the adapter is now one of the original weights, and differs "
             "from what was trained by the quantisation error of what its start "
             "left in the base; --format=hf is exact")
-  size = sum(p.stat().st_size for p in folder.iterdir())
+  size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
   print(f"{folder}: {size / 1e6:,.1f} MB ({values.format})")
 
 

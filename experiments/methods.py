@@ -55,7 +55,7 @@ def parameters(name: str, model: model_lib.ModelConfig) -> int | None:
     return None
   config = registry.checked(config_lib.AdapterConfig(method=name, rank=RANK))
   shapes, sizes = modules.shapes(model), modules.geometry(model)
-  total = registry.shared_count(row, config.options, RANK)
+  total = registry.shared_count(row, config.options, RANK, sizes)
   for target, placed in assemble.place(config, modules.paths(model)).items():
     total += sum(
         registry.count(

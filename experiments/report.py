@@ -71,6 +71,9 @@ def summary(
         "best_step": progress.best_step,
         "best_eval_loss": progress.best_loss,
     }
+  if model.parts:
+    found["trainable_by_part"] = adapters_lib.several.sizes(
+        model.adapters, list(model.parts))
   bits = quant.bits_per_parameter(model.base)
   return found | {
       "trainable_parameters": trained,

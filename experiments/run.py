@@ -28,7 +28,6 @@ from experiments import rows as rows_lib
 from lora_jax import api
 from lora_jax import errors
 from lora_jax import processes
-from lora_jax.export import peft
 from lora_jax.train import loop
 from lora_jax.train import sinks as sinks_lib
 from lora_jax.train import workdir as workdir_lib
@@ -78,7 +77,10 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
   them and their hosts: a run may go on on others. A field that the run's
   version did not have yet has its default.
   """
-  whole = _filled(config, common.get_config().to_dict())
+  defaults = common.get_config().to_dict()
+  whole = _filled(config, defaults)
+  whole["hybrid"] = {name: _filled(block, defaults["adapter"])
+                     for name, block in whole["hybrid"].items()}
   whole["compute"] = {name: value for name, value in whole["compute"].items()
                       if name not in ("remat", "mlp_tiles", "offload")}
   return {name: block for name, block in whole.items()
@@ -124,10 +126,12 @@ def _execute(config, folder, sinks):
   if config["adapter"]["init_from"]:
     model = model.with_adapter(
         config["adapter"]["init_from"], dropout=config["adapter"]["dropout"])
-    found = model.adapter_config
-    print(f"adapter: {found.method} r={found.rank} alpha={found.alpha:g} of "
-          f"{config['adapter']['init_from']}; of the config's adapter block "
-          "only dropout counts")
+    found = [part.config for part in model.parts.values()] or [
+        model.adapter_config]
+    print("adapter: " + ", ".join(
+        f"{one.method} r={one.rank} alpha={one.alpha:g}" for one in found)
+        + f" of {config['adapter']['init_from']}; of the config's adapter "
+        "block only dropout counts")
   else:
     model = _adapted(model, rows, config, folder)
   train = blocks.train(config)
@@ -167,13 +171,13 @@ def _adapted(model, rows, config, folder):
   What a start makes of rows is written down before the first step: a run that
   goes on reads it, and starts from the same bits.
   """
-  block = blocks.adapter(config)
-  start = folder / "start"
-  if (start / peft.CONFIG).exists():
+  block, start = blocks.adapter(config), folder / "start"
+  if start.is_dir():
     return model.with_adapter(start, donate=True)
   adapted = model.adapt(
-      block, rows=rows, batch_size=config["train"]["batch_size"],
-      seed=config["seed"], donate=True)
+      blocks.adapters_of(config), rows=rows,
+      batch_size=config["train"]["batch_size"], seed=config["seed"],
+      donate=True)
   if block.start().informed is not None:
     print(f"adapter: init={block.init} looked at up to {block.init_batches} "
           f"batches of rows; see {start}")
@@ -205,8 +209,11 @@ def finish(
           f"{found['peak_device_bytes'] / 2**30:.2f} GiB" + (
               f"; of a step {predicted / 2**30:.2f} predicted"
               if predicted else ""))
+  parts = ", ".join(f"{name} {size:,}" for name, size in found.get(
+      "trainable_by_part", {}).items())
   print(f"{found['trainable_parameters']:,} of {found['total_parameters']:,} "
-        f"parameters trained; {found['wall_seconds']:.0f} s, peak memory "
+        f"parameters trained{parts and f' ({parts})'}; "
+        f"{found['wall_seconds']:.0f} s, peak memory "
         f"{found['peak_host_bytes'] / 2**30:.2f} GiB; see {folder}")
   return found
 

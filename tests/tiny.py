@@ -78,12 +78,13 @@ def to_torch(config, base, folder):
   return model.eval()
 
 
-def torch_logits(model, tokens) -> np.ndarray:
+def torch_logits(model, tokens, **more) -> np.ndarray:
   """Logits `[b, t, v]` of a torch model for tokens `[b, t]`."""
   import torch
 
   with torch.no_grad():
-    return model(torch.from_numpy(np.array(tokens, np.int64))).logits.numpy()
+    ids = torch.from_numpy(np.array(tokens, np.int64))
+    return model(ids, **more).logits.numpy()
 
 
 def byte_tokenizer():

@@ -26,6 +26,7 @@ from experiments.bench import timing
 from lora_jax import adapters as adapters_lib
 from lora_jax import errors
 from lora_jax import types
+from lora_jax.adapters import registry
 from lora_jax.kernels import attention as attention_lib
 from lora_jax.models import config as config_lib
 from lora_jax.train import optim as optim_lib
@@ -112,15 +113,17 @@ def program(
   params, frozen = adapters_lib.split(model.adapters)
   precision, optim = blocks.precision(config), blocks.optim(config)
   offload = blocks.offload(config)
+  rules = registry.rules(
+      blocks.adapter(config), train["steps"], model.adapters)
   state = step_lib.init_state(
-      params, precision, compute["dtype"], optim.name, offload)
+      params, precision, compute["dtype"], optim.name, offload, rules)
   layout = "packed" if train["packed"] > 1 else "single"
   settings = step_lib.Settings(
       dtype=compute["dtype"], remat=remat,
       noise=config["adapter"]["dropout"] > 0,
       optim_dtype=precision.optim_dtype, optimizer=optim.name,
       mlp_tiles=compute["mlp_tiles"] or 1, offload=offload,
-      frozen_matmul=precision.frozen_matmul,
+      frozen_matmul=precision.frozen_matmul, rules=rules,
       attention=attention_lib.Options(compute["attention"], layout))
   return Program(
       (state, frozen, model.base, jax.device_put(data),

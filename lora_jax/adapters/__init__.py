@@ -1,5 +1,7 @@
 """PEFT methods: small trainable trees beside a frozen base."""
 
+from lora_jax.adapters import hybrid
+from lora_jax.adapters import several
 from lora_jax.adapters import starts
 from lora_jax.adapters.assemble import build
 from lora_jax.adapters.base import Adapter
@@ -13,6 +15,7 @@ from lora_jax.adapters.partition import module
 from lora_jax.adapters.partition import prepared
 from lora_jax.adapters.partition import split
 from lora_jax.adapters.partition import trainable_size
+from lora_jax.adapters.partition import virtual_tasks
 from lora_jax.adapters.partition import virtual_tokens
 from lora_jax.adapters.partition import with_rate
 from lora_jax.adapters.partition import without_constants
@@ -23,7 +26,8 @@ from lora_jax.adapters.registry import METHODS
 
 __all__ = [
     "METHODS", "Adapter", "AdapterConfig", "Adapters", "Geometry", "Noise",
-    "beside", "build", "join", "keeps_sum", "module", "prepared", "project",
-    "project_all", "split", "starts", "trainable_size", "virtual_tokens",
-    "with_rate", "without_constants",
+    "beside", "build", "hybrid", "join", "keeps_sum", "module", "prepared",
+    "project", "project_all", "several", "split", "starts",
+    "trainable_size", "virtual_tasks", "virtual_tokens", "with_rate",
+    "without_constants",
 ]

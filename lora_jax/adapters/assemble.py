@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -17,9 +17,11 @@ from lora_jax import host as host_lib
 from lora_jax import types
 from lora_jax.adapters import base
 from lora_jax.adapters import config as config_lib
+from lora_jax.adapters import hybrid
 from lora_jax.adapters import partition
 from lora_jax.adapters import registry
 from lora_jax.adapters import saved
+from lora_jax.adapters import several
 from lora_jax.adapters import starts
 from lora_jax.adapters import targets
 from lora_jax.adapters import tokens
@@ -106,7 +108,7 @@ def placements(adapters: base.Adapters) -> dict[str, Placement]:
 
 def build(
     key: jax.Array,
-    config: config_lib.AdapterConfig,
+    config: hybrid.Configs,
     tree: types.Tree,
     paths: Mapping[str, Sequence[str]],
     originals: starts.Originals | None = None,
@@ -118,21 +120,43 @@ def build(
 
   Args:
     key: PRNG key; each module folds in its target and layer.
-    config: the adapter block.
+    config: the adapter block; or several, the innermost first, for adapters
+      as in `several`.
     tree: the base: `layers[target].weight` stacked, `embed_tokens`, `lm_head`.
     paths: module paths by target, outer ones (`embed_tokens`, `lm_head`) too.
     originals: see `starts.replace`.
     donate: see `starts.replace`.
     geometry: the model's sizes; methods that adapt no projection need them.
-    stats: (A, B) by target, stacked, that an informed start made of rows; see
-      `train.statistics`.
+    stats: (A, B) by target, stacked, that an informed start (of the first)
+      made of rows; see `train.statistics`.
 
   Returns:
     The base, perhaps with weights replaced or removed, and the adapters.
 
   Raises:
-    errors.UsageError: see `place` and `starts.replace`.
+    errors.UsageError: see `place`, `starts.replace` and `hybrid`.
   """
+  if isinstance(config, config_lib.AdapterConfig):
+    return _one(key, config, tree, paths, originals, donate, geometry, stats)
+  configs = hybrid.by_name(config)
+  hybrid.alone(configs)
+  found: dict[str, base.Adapters] = {}
+  for name, part in configs.items():
+    with hybrid.named(name if found else None):
+      hybrid.check(part, place(part, paths), found,
+                   next(iter(configs.values())).modules_to_save)
+      # The first starts as it would alone.
+      own = jax.random.fold_in(key, _digest(name)) if found else key
+      tree, found[name] = _one(
+          own, part, tree, paths, originals, donate, geometry,
+          None if found else stats,
+          several.joined(found) if found else None)
+  return tree, partition.beside(several.joined(found), tree)
+
+
+def _one(key, config, tree, paths, originals, donate, geometry, stats,
+         below=None):
+  """`build` of one method, on what the parts `below` leave of the base."""
   row = registry.method(config.method)
   if row.build is not None:
     for field in ("modules_to_save", "trainable_token_indices"):
@@ -159,7 +183,7 @@ def build(
   shared = None
   if row.share is not None:
     shared = row.share(
-        jax.random.fold_in(key, zlib.crc32(b"shared") & 0x7FFFFFFF), shapes,
+        jax.random.fold_in(key, _digest("shared")), shapes,
         max(p.width for p in placed.values()), config.options, geometry)
   slots = {
       name: base.Slot(
@@ -168,9 +192,14 @@ def build(
           shape=shapes[name], options=config.options, start=start,
           geometry=geometry)
       for name, placement in placed.items()}
+  weights = {name: weight(tree, name) for name in slots}
+  init: Callable[..., base.Adapter] = row.init
+  told = shared
+  if below is not None:
+    init, told = hybrid.After(init), (shared, below.shared)
+    weights = hybrid.adapted(weights, below)
   layers, outer = _init(
-      key, {name: weight(tree, name) for name in slots}, slots, shared,
-      init=row.init, inner=tuple(
+      key, weights, slots, told, init=init, inner=tuple(
           name for name in slots
           if len(paths[name]) > 1 or name in tree.layers))
   indices = config.trainable_token_indices
@@ -179,6 +208,10 @@ def build(
   return tree, partition.beside(base.Adapters(
       layers=layers, outer=outer, shared=shared, overrides=saved.overrides(
           tree, config.modules_to_save, placed)), tree)
+
+
+def _digest(name: str) -> int:
+  return zlib.crc32(name.encode()) & 0x7FFFFFFF
 
 
 def weight(tree: types.Tree, name: str) -> types.Tree:
@@ -229,7 +262,7 @@ def _init(key, weights, slots, shared, *, init, inner):
 
   layers, outer = {}, {}
   for name, slot in slots.items():
-    own = jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+    own = jax.random.fold_in(key, _digest(name))
     if name in inner:
       layers[name] = stacked(own, weights[name], slot)
     else:

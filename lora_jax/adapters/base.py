@@ -74,6 +74,7 @@ class Geometry:
     e: width of a head.
     l: layers.
     v: vocabulary.
+    embed_scale: of the embeddings as they enter the first layer.
   """
 
   d: int
@@ -83,6 +84,7 @@ class Geometry:
   e: int
   l: int  # The glossary's letter.
   v: int
+  embed_scale: float = 1.0
 
 
 @struct.dataclass
@@ -190,9 +192,15 @@ class Adapter:
     del weight, cross, keep
     return y
 
-  def prepared(self, weight: types.Tree) -> Adapter:
-    """With whatever stays the same from token to token computed once."""
-    del weight
+  def prepared(
+      self, weight: types.Tree, shared: types.Tree = None) -> Adapter:
+    """With whatever stays the same from token to token computed once.
+
+    Args:
+      weight: `[i, o]`.
+      shared: `Adapters.shared`; see `bound`.
+    """
+    del weight, shared
     return self
 
   def narrowed(self, dtype: Any) -> Adapter:
@@ -220,7 +228,7 @@ class Adapter:
 
   def prefix(self) -> tuple[types.Array, types.Array, types.Array] | None:
     """Keys and values `[n, k, e]` before every segment's own, and whether
-    they are seen in this layer, `[]` bool; or None."""
+    they are seen in this layer, `[]` or `[n]` bool; or None."""
     return None
 
   def attended(
@@ -258,8 +266,14 @@ class Adapter:
   # --- input
 
   def virtual(self) -> types.Array:
-    """Embeddings `[n, d]` of the virtual tokens before every segment."""
+    """Embeddings `[n, d]` of the virtual tokens before every segment; of
+    several `tasks` one after the other, each as many."""
     raise TypeError(f"{type(self).__name__} has no virtual tokens")
+
+  @property
+  def tasks(self) -> int:
+    """Tasks whose virtual tokens differ."""
+    return 1
 
   # --- what all layers share
 
@@ -268,11 +282,20 @@ class Adapter:
     del shared
     return self
 
+  def folded(self, shared: types.Tree) -> Adapter:
+    """One that needs no part of `Adapters.shared`, if that is no larger."""
+    del shared
+    return self
+
   # --- other adapters, other files
 
   def difference(self) -> Adapter:
     """This adapter on the base before `starts` changed it; see `LoRA`."""
     return self
+
+  def with_constants(self, values: Mapping[str, Any]) -> Self:
+    """With values in place of its `constants`; None has it ask the weight."""
+    return dataclasses.replace(self, **values)
 
   def inert(self) -> Self:
     """One of the same shapes that does nothing."""
@@ -334,7 +357,8 @@ class Adapter:
     """With another rate of dropout, if it has one."""
     if not hasattr(self, "rate"):
       return self
-    return dataclasses.replace(self, rate=jnp.full_like(self.rate, rate))
+    return self.replace(  # type: ignore[attr-defined]
+        rate=jnp.full_like(self.rate, rate))
 
   def rate_groups(self, embedding: bool = False) -> Adapter:
     """A key of `RATE_GROUPS` or None in place of every leaf.

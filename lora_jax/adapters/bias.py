@@ -3,6 +3,8 @@
   h = x W0 + bias + b
 
 with b `[o]` = 0 at init. A projection without a bias, as in Llama, gets one.
+Hugging Face PEFT calls it BEFT (its paper, arXiv 2509.15974, trains the bias of
+v_proj alone: `adapter.targets=v_proj`).
 
 Trainable parameters: o a matrix.
 """
@@ -41,6 +43,15 @@ class Bias(base.Adapter):
     return quant.dequantize(weight, jnp.float32)
 
 
+  def to_peft(self, embedding=False):
+    return {"beft_bias": self.b[None]}
+
+  @classmethod
+  def from_peft(cls, tensors, slot):
+    return cls(b=jnp.asarray(tensors["beft_bias"], jnp.float32)[0],
+               rank=slot.rank)
+
+
 def init(key, weight, slot, shared=None):
   """The adapter of one module before the first step."""
   del key, shared
@@ -49,4 +60,7 @@ def init(key, weight, slot, shared=None):
 
 METHOD = method.Method(
     summary="h = x W0 + bias + b", paper="arXiv 2106.10199", adapter=Bias,
-    init=init, count="o", ranked=False)
+    init=init, count="o", ranked=False,
+    form=method.Form(
+        peft_type="BEFT", config=lambda config: {"init_weights": True},
+        block=lambda config: {}))

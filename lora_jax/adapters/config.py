@@ -22,7 +22,7 @@ class AdapterConfig:
     alpha: numerator of the scale, alpha/r (rsLoRA: alpha/sqrt(r)).
     dropout: rate on the adapter's input, in [0, 1).
     targets: which places; see `targets.select`. "auto" is the method's own.
-    layers: which layers, `"0-7,20"`, or None for all.
+    layers: which layers, `"0-7,20"` or `"last 8"`, or None for all.
     rank_pattern: module name or regex -> rank (PEFT's rule).
     alpha_pattern: module name or regex -> alpha.
     init: where A and B start; see `starts`.

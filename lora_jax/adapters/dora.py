@@ -104,7 +104,7 @@ class DoRA(lora.LoRA):
     v = quant.dequantize(weight, jnp.float32) + delta
     return _root(jnp.sum(jnp.square(v), axis=0), squares(weight))
 
-  def prepared(self, weight):
+  def prepared(self, weight, shared=None):
     if self.c is not None:  # Prepared before; its A and B may be rounded.
       return self
     return dataclasses.replace(self, c=self.direct_norms(weight))
@@ -176,5 +176,5 @@ def init(key, weight, slot, shared=None):
 METHOD = method.Method(
     summary="h = m/||W0 + sAB|| x (W0 + sAB)", paper="arXiv 2402.09353",
     adapter=DoRA, init=init, count="r * (i + o) + o", embeddings=True,
-    patterns=True, starts=True, zero_gradients=("a",),
+    patterns=True, starts=None, zero_gradients=("a",),
     form=lora.form(use_dora=True))

@@ -71,7 +71,7 @@ class LoRA(base.Adapter):
   def lookup(self, tokens: types.Array, table: types.Array) -> types.Array:
     """Adapted embedding rows, `[..., d]` for `tokens [...]`."""
     low = jnp.take(self.a, tokens, axis=0)
-    return jnp.take(table, tokens, axis=0) + (low * self.scale) @ self.b
+    return quant.take(table, tokens) + (low * self.scale) @ self.b
 
   def narrowed(self, dtype):
     return dataclasses.replace(
@@ -211,7 +211,7 @@ def form(**requires: Any) -> method.Form:
 METHOD = method.Method(
     summary="h = x W0 + (alpha/r) x A B", paper="arXiv 2106.09685",
     adapter=LoRA, init=init, count="r * (i + o)", embeddings=True,
-    patterns=True, starts=True, zero_gradients=("a",), form=form(), vllm=True)
+    patterns=True, starts=None, zero_gradients=("a",), form=form(), vllm=True)
 RSLORA = dataclasses.replace(
     METHOD, summary="h = x W0 + (alpha/sqrt(r)) x A B",
     paper="arXiv 2312.03732",

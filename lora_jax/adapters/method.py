@@ -26,6 +26,16 @@ class Rule:
   optimiser's, so that checkpoints hold it.
   """
 
+  def bound(self, adapters: base.Adapters) -> Rule:
+    """The rule as it is for these adapters, of which it may note what is
+    static: their ranks.
+
+    Args:
+      adapters: whole tree.
+    """
+    del adapters
+    return self
+
   def penalty(self, params: types.Tree) -> jax.Array | None:
     """A term of the loss, `[]` float32, or None.
 
@@ -38,7 +48,13 @@ class Rule:
   def wrap(
       self, inner: optax.GradientTransformation
   ) -> optax.GradientTransformation:
-    """The optimiser, and what this does with the gradient or its update."""
+    """The optimiser, and what this does with the gradient or its update.
+
+    Args:
+      inner: from clipped gradients to what is added to the parameters. Beside
+        `params`, the trained part of the adapters in float32, updates are
+        given `frozen=`, the other part.
+    """
     return inner
 
 
@@ -55,13 +71,18 @@ class Form:
     requires: keys by which this row is told from others of the same type.
     neutral: options of PEFT that change what is computed, and the values with
       which it is what this code computes.
+    same_as: the row as which these files are read, if they say nothing by
+      which this one is told from it.
     lists_targets: whether `target_modules` says what is adapted.
+    places: of methods for which other keys say it: `ranks by target, a list
+      with an entry a layer -> keys of adapter_config.json`.
     tensors: of methods whose file does not go by modules: `adapters ->
       tensors` by whole name.
     adapters: inverse of `tensors`: `(tensors, config block, geometry) ->
       Adapters`. It raises a KeyError for what is missing.
-    shared: `(tensors, options, shapes) -> Adapters.shared`; shapes `(i, o)` by
-      target. Those of `Adapters.shared.to_peft()` lie beside the modules'.
+    shared: `(tensors, config block, shapes) -> Adapters.shared`; shapes
+      `(i, o)` by target. Those of `Adapters.shared.to_peft()` lie beside the
+      modules'. It raises a KeyError for what is missing.
   """
 
   peft_type: str
@@ -69,10 +90,18 @@ class Form:
   block: Callable[[Mapping[str, Any]], dict[str, Any]]
   requires: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   neutral: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+  same_as: str = ""
   lists_targets: bool = True
+  places: Callable[[Mapping[str, list[int]]], dict[str, Any]] | None = None
   tensors: Callable[[base.Adapters], dict[str, Any]] | None = None
   adapters: Callable[..., base.Adapters] | None = None
   shared: Callable[..., Any] | None = None
+
+
+def named(options: type[Any], config: Mapping[str, Any]) -> dict[str, Any]:
+  """The keys of a PEFT config that a method's options are named after."""
+  names = [field.name for field in dataclasses.fields(options)]
+  return {name: config[name] for name in names if name in config}
 
 
 def by_rank(alpha: float, r: int, options: Any) -> float:
@@ -93,22 +122,23 @@ class Method:
       first step; weight is None where a place has none.
     kind: `slot -> adapter's type`, where that depends on the place.
     count: trainable parameters of one place, a Python expression of i, o, r,
-      target, of the letters of `base.Geometry`, and of the options' names;
-      width of a norm.
+      target, of the letters of `base.Geometry`, and of the options' names
+      (or what `options` answers); width of a norm.
     options: the frozen dataclass of what only this method is told.
     targets: what `adapter.targets="auto"` stands for.
     sites: places that it adapts, if these are not projections.
     scale: s of alpha, r and the options.
     ranked: whether `adapter.rank` means something.
     patterns: whether ranks may differ from layer to layer.
-    starts: whether `adapter.init` means something; see `starts`.
+    starts: what `adapter.init` may be but default; None is every start.
     embeddings: whether it can adapt `embed_tokens`.
     identity_at_init: whether the model is the base before the first step.
     mergeable: whether `merge` does.
     zero_gradients: fields whose gradient is zero at the first step.
     share: `(key, shapes, width, options, geometry) -> Adapters.shared`; shapes
       `(i, o)` by adapted target.
-    count_shared: trainable parameters of it, an expression of the options.
+    count_shared: trainable parameters of it, an expression of r, the options
+      and the letters.
     rule: `(config, steps) -> Rule`, of methods with a say in training.
     form: in PEFT's files; None where PEFT has no counterpart.
     vllm: whether vLLM serves it.
@@ -128,7 +158,7 @@ class Method:
   scale: Callable[[float, int, Any], float] = by_rank
   ranked: bool = True
   patterns: bool = False
-  starts: bool = False
+  starts: tuple[str, ...] | None = ()
   embeddings: bool = False
   identity_at_init: bool = True
   mergeable: bool = True

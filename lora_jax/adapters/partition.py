@@ -105,7 +105,7 @@ def beside(adapters: base.Adapters, tree: types.Tree) -> base.Adapters:
   def known(adapter, weight, stacked):
     if not adapter.constants:
       return adapter
-    return dataclasses.replace(adapter, **_constants(
+    return adapter.with_constants(_constants(
         weight, functions=tuple(adapter.constants.items()), stacked=stacked))
 
   return dataclasses.replace(
@@ -118,7 +118,7 @@ def beside(adapters: base.Adapters, tree: types.Tree) -> base.Adapters:
 
 def without_constants(adapter: base.Adapter) -> base.Adapter:
   """An adapter that asks its weight instead; see `beside`."""
-  return dataclasses.replace(adapter, **dict.fromkeys(adapter.constants))
+  return adapter.with_constants(dict.fromkeys(adapter.constants))
 
 
 @functools.partial(jax.jit, static_argnames=("functions", "stacked"))
@@ -151,14 +151,17 @@ def prepared(
   Returns:
     A tree that computes the same.
   """
+  shared = adapters.shared
   layers = {
       name: jax.lax.map(
-          lambda pair: pair[0].prepared(
-              host_lib.on_device(pair[1])).narrowed(dtype),
+          lambda pair: pair[0].folded(shared).prepared(
+              host_lib.on_device(pair[1]), shared).narrowed(dtype),
           (adapter, _weight(tree, name, True)))
       for name, adapter in adapters.layers.items()}
-  outer = {name: adapter.prepared(_weight(tree, name, False))
-           for name, adapter in adapters.outer.items()}
+  outer = {
+      name: adapter.folded(shared).prepared(
+          _weight(tree, name, False), shared)
+      for name, adapter in adapters.outer.items()}
   return dataclasses.replace(adapters, layers=layers, outer=outer)
 
 
@@ -175,4 +178,11 @@ def virtual_tokens(adapters: base.Adapters | None) -> int:
     return 0
   return jax.eval_shape(
       lambda a, shared: a.bound(shared).virtual(), adapters.outer["prompt"],
-      adapters.shared).shape[0]
+      adapters.shared).shape[0] // virtual_tasks(adapters)
+
+
+def virtual_tasks(adapters: base.Adapters | None) -> int:
+  """Tasks whose virtual tokens differ."""
+  if adapters is None or "prompt" not in adapters.outer:
+    return 1
+  return adapters.outer["prompt"].tasks

@@ -11,19 +11,41 @@ import dataclasses
 from typing import Any
 
 from lora_jax import errors
+from lora_jax.adapters import adalora
 from lora_jax.adapters import base
 from lora_jax.adapters import bias
+from lora_jax.adapters import boft
 from lora_jax.adapters import bottleneck
+from lora_jax.adapters import c3a
+from lora_jax.adapters import compacter
 from lora_jax.adapters import config as config_lib
+from lora_jax.adapters import deft
+from lora_jax.adapters import delora
 from lora_jax.adapters import dora
+from lora_jax.adapters import fourierft
 from lora_jax.adapters import full
+from lora_jax.adapters import gralora
+from lora_jax.adapters import hira
+from lora_jax.adapters import hra
 from lora_jax.adapters import ia3
+from lora_jax.adapters import llama_adapter
+from lora_jax.adapters import loha
+from lora_jax.adapters import lokr
 from lora_jax.adapters import lora
 from lora_jax.adapters import method as method_lib
+from lora_jax.adapters import miss
+from lora_jax.adapters import multitask_prompt
 from lora_jax.adapters import norms
+from lora_jax.adapters import oft
+from lora_jax.adapters import p_tuning
 from lora_jax.adapters import prefix
 from lora_jax.adapters import prompt
+from lora_jax.adapters import randlora
+from lora_jax.adapters import road
+from lora_jax.adapters import shira
+from lora_jax.adapters import vblora
 from lora_jax.adapters import vera
+from lora_jax.adapters import waveft
 
 METHODS: dict[str, method_lib.Method] = {
     "none": full.NONE,
@@ -31,15 +53,41 @@ METHODS: dict[str, method_lib.Method] = {
     "lora": lora.METHOD,
     "rslora": lora.RSLORA,
     "dora": dora.METHOD,
+    "boft": boft.METHOD,
+    "hra": hra.METHOD,
+    "oft": oft.METHOD,
+    "road": road.METHOD,
+    "shira": shira.METHOD,
+    "adalora": adalora.METHOD,
     "vera": vera.METHOD,
+    "randlora": randlora.METHOD,
+    "vblora": vblora.METHOD,
+    "fourierft": fourierft.METHOD,
+    "waveft": waveft.METHOD,
     "ia3": ia3.METHOD,
     "bitfit": bias.METHOD,
     "ln_tuning": norms.METHOD,
     "prefix": prefix.METHOD,
+    "p_tuning_v2": prefix.P_TUNING_V2,
     "prompt": prompt.METHOD,
+    "loha": loha.METHOD,
+    "lokr": lokr.METHOD,
+    "hira": hira.METHOD,
+    "delora": delora.METHOD,
+    "miss": miss.METHOD,
+    "gralora": gralora.METHOD,
+    "c3a": c3a.METHOD,
+    "deft": deft.METHOD,
+    "para": deft.PARA,
+    "multitask_prompt": multitask_prompt.METHOD,
+    "p_tuning": p_tuning.METHOD,
+    "llama_adapter": llama_adapter.METHOD,
+    "adaption_prompt": llama_adapter.ADAPTION_PROMPT,
     "houlsby": bottleneck.HOULSBY,
     "pfeiffer": bottleneck.PFEIFFER,
     "parallel": bottleneck.PARALLEL,
+    "compacter": compacter.METHOD,
+    "compacter_plus": compacter.PLUS,
 }
 
 
@@ -55,12 +103,38 @@ def checked(config: config_lib.AdapterConfig) -> config_lib.AdapterConfig:
     errors.UsageError: for the first value that cannot be.
   """
   row = method(config.method)
-  if config.init != "default" and not row.starts:
-    able = ", ".join(name for name, row in METHODS.items() if row.starts)
+  if config.init != "default" and not _takes(row, config.init):
+    able = ", ".join(
+        name for name, row in METHODS.items() if _takes(row, config.init))
     raise errors.UsageError(
         f"adapter.init={config.init} is for {able}; leave it at default with "
         f"adapter.method={config.method}")
   return config.validate(row.options)
+
+
+def rules(
+    config: config_lib.AdapterConfig, steps: int,
+    adapters: base.Adapters | None = None,
+) -> tuple[method_lib.Rule, ...]:
+  """What a method adds to training.
+
+  Args:
+    config: the adapter block.
+    steps: of the run; 0 if it does not train.
+    adapters: what is trained, or None to check the config alone.
+
+  Raises:
+    errors.UsageError: for options that a run of so many steps cannot have.
+  """
+  row = method(config.method)
+  if row.rule is None:
+    return ()
+  rule = row.rule(checked(config), steps)
+  return (rule if adapters is None else rule.bound(adapters),)
+
+
+def _takes(row: method_lib.Method, init: str) -> bool:
+  return row.starts is None or init in row.starts
 
 
 def count(
@@ -78,7 +152,8 @@ def count(
     geometry: the model's sizes.
   """
   names = dataclasses.asdict(geometry) | dataclasses.asdict(options) | {
-      "target": target, "r": rank, "min": min, "max": max}
+      "target": target, "r": rank, "min": min, "max": max,
+      "options": options}
   if len(shape) == 2:
     names |= {"i": shape[0], "o": shape[1]}
   elif shape:
@@ -87,7 +162,9 @@ def count(
 
 
 def shared_count(
-    row: method_lib.Method, options: Any, rank: int) -> int:
+    row: method_lib.Method, options: Any, rank: int, geometry: base.Geometry
+) -> int:
   """Trainable parameters that all places share; see `count`."""
-  names = dataclasses.asdict(options) | {"r": rank}
+  names = dataclasses.asdict(geometry) | dataclasses.asdict(options) | {
+      "r": rank}
   return int(eval(row.count_shared or "0", {"__builtins__": {}}, names))

@@ -69,7 +69,7 @@ def select(
   Args:
     paths: module paths by target; one for each layer, or a single one.
     targets: see above.
-    layers: indices, or ranges like `"0-7,20"`; None means all.
+    layers: indices, or ranges like `"0-7,20"` and `"last 8"`; None means all.
 
   Returns:
     For each target that matched, one flag for each of its paths.
@@ -125,11 +125,15 @@ def _layers(layers, depth: int) -> set[int]:
   if isinstance(layers, str):
     spans: list[int] = []
     for part in layers.split(","):
+      last = re.fullmatch(r"\s*last\s+(\d+)\s*", part)
+      if last and 1 <= int(last[1]) <= depth:
+        spans.extend(range(depth - int(last[1]), depth))
+        continue
       match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
       if not match:
         raise errors.UsageError(
-            f'adapter.layers="{layers}" is not a list of ranges; write '
-            '"0-7,20"')
+            f'adapter.layers="{layers}" is not a list of ranges of the '
+            f'{depth} layers; write "0-7,20" or "last 8"')
       first = int(match[1])
       spans.extend(range(first, int(match[2] or first) + 1))
     layers = spans

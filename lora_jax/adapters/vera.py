@@ -4,8 +4,9 @@
 
 with A `[i, r]` and B `[r, o]` frozen, random and the same for all modules
 (slices of one pair at the largest sizes), lambda_d `[r]` = d_initial and
-lambda_b `[o]` = 0 at init. They are drawn by `options.projection_key`, so that
-neither optimiser nor checkpoint holds them.
+lambda_b `[o]` = 0 at init. A and B are those that PEFT draws of the same
+`options.projection_key`, Kaiming-uniform with gain sqrt 2, so that neither
+optimiser nor checkpoint holds them, and a folder need not.
 
 Trainable parameters: r + o a matrix.
 """
@@ -16,7 +17,6 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from lora_jax import quant
@@ -25,6 +25,7 @@ from lora_jax import types
 from lora_jax.adapters import base
 from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import method
+from lora_jax.adapters import torch_random
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +34,12 @@ class Options:
 
     d_initial: where lambda_d starts.
     projection_key: seed of A and B.
+    save_projection: whether a folder holds them.
   """
 
   d_initial: float = 0.1
   projection_key: int = 0
+  save_projection: bool = True
 
 
 @struct.dataclass
@@ -46,13 +49,15 @@ class Projections(base.Adapter):
   Attributes:
     a: `[i, r]` for the largest i.
     b: `[r, o]` for the largest o.
+    saved: whether a folder holds them.
   """
 
   a: types.Array = base.frozen()
   b: types.Array = base.frozen()
+  saved: bool = base.static(default=True)
 
   def to_peft(self, embedding=False):
-    return {"vera_A": self.a.T, "vera_B": self.b.T}
+    return {"vera_A": self.a.T, "vera_B": self.b.T} if self.saved else {}
 
   def size(self) -> int:
     return 0
@@ -115,18 +120,20 @@ class VeRA(base.Adapter):
 
 
 def share(key, shapes, width, options, geometry=None):
-  """A and B, Kaiming-uniform (gain sqrt 2) at the largest sizes."""
+  """A and B at the largest sizes."""
   del key, geometry  # PEFT has a seed of their own.
-  i = max(s[0] for s in shapes.values())
-  o = max(s[1] for s in shapes.values())
-  first, second = jax.random.split(jax.random.key(options.projection_key))
+  generator = torch_random.Generator(options.projection_key)
+  i, o = largest(shapes)
+  a = generator.kaiming_uniform((width, i))
+  b = generator.kaiming_uniform((o, width))
+  return Projections(
+      a=jnp.asarray(a.T), b=jnp.asarray(b.T), saved=options.save_projection)
 
-  def draw(key, shape, fan_in):
-    bound = (6 / fan_in) ** 0.5
-    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
-  return Projections(a=draw(first, (i, width), i), b=draw(second, (width, o),
-                                                          width))
+def largest(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+  """The largest i and the largest o of the shapes `(i, o)`."""
+  i, o = (max(sizes) for sizes in zip(*shapes.values(), strict=True))
+  return i, o
 
 
 def init(key, weight, slot, shared=None):
@@ -143,19 +150,22 @@ def _config(config: config_lib.AdapterConfig) -> dict[str, Any]:
   return {"r": config.rank, "vera_dropout": float(config.dropout),
           "d_initial": config.options.d_initial,
           "projection_prng_key": config.options.projection_key,
-          "save_projection": True, "fan_in_fan_out": False, "bias": "none",
-          "init_weights": True}
+          "save_projection": config.options.save_projection,
+          "fan_in_fan_out": False, "bias": "none", "init_weights": True}
 
 
 def _block(config: Mapping[str, Any]) -> dict[str, Any]:
   return {"rank": int(config["r"]),
           "dropout": float(config.get("vera_dropout") or 0.0),
-          "options": {"d_initial": config.get("d_initial", 0.1),
-                      "projection_key": config["projection_prng_key"]}}
+          "options": {
+              "d_initial": config.get("d_initial", 0.1),
+              "projection_key": config["projection_prng_key"],
+              "save_projection": config.get("save_projection", True)}}
 
 
-def _shared(tensors, options, shapes):
-  del options, shapes
+def _shared(tensors, config, shapes):
+  if not config.options.save_projection:
+    return share(None, shapes, config.rank, config.options)
   return Projections(a=jnp.asarray(tensors["vera_A"], jnp.float32).T,
                      b=jnp.asarray(tensors["vera_B"], jnp.float32).T)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import pathlib
 from typing import Any
@@ -17,6 +17,9 @@ from lora_jax import mesh as mesh_lib
 from lora_jax import types
 from lora_jax.adapters import assemble
 from lora_jax.adapters import base as base_lib
+from lora_jax.adapters import hybrid
+from lora_jax.adapters import registry
+from lora_jax.api import parts as parts_lib
 from lora_jax.data import dataset as dataset_lib
 from lora_jax.data import formats
 from lora_jax.data import pipeline
@@ -26,6 +29,7 @@ from lora_jax.evaluate import generate as generate_lib
 from lora_jax.evaluate import perplexity
 from lora_jax.export import difference as difference_lib
 from lora_jax.export import hf as hf_export
+from lora_jax.export import hybrid as hybrid_export
 from lora_jax.export import peft
 from lora_jax.export import whole
 from lora_jax.kernels import attention as attention_lib
@@ -56,8 +60,11 @@ class Model:
     source: the path or name it was loaded from.
     dtype: compute type, one of `precision.COMPUTE`.
     adapters: whole adapter tree; empty before `adapt`.
-    adapter_config: what the adapters were made from.
+    adapter_config: what the adapters were made from; of several parts the
+      first's.
     peft_config: `adapter_config.json` of an adapter that was read.
+    parts: of several methods in one model, by name, the innermost first;
+      empty where there is one (`adapters.several`).
     mesh: devices to spread over, or None for one.
     attention: what computes attention, a key of `kernels.attention.CHOICES`.
     replaced: digest of the weights that the adapters' start replaced in the
@@ -78,6 +85,8 @@ class Model:
   adapter_config: adapters_lib.AdapterConfig = adapters_lib.AdapterConfig(
       method="none")
   peft_config: dict[str, Any] | None = None
+  parts: Mapping[str, parts_lib.Part] = dataclasses.field(
+      default_factory=dict)
   mesh: Any = None
   attention: str = "auto"
   replaced: str | None = None
@@ -91,13 +100,15 @@ class Model:
     return modules.paths(self.config)
 
   def adapt(
-      self, config: adapters_lib.AdapterConfig | None = None, *,
+      self, config: hybrid.Configs | None = None, *,
       rows: dataset_lib.Dataset | None = None, batch_size: int = 4,
       seed: int = 0, donate: bool = False, **fields) -> Model:
     """With fresh adapters.
 
     Args:
-      config: the adapter block; or give its fields by name.
+      config: the adapter block; or give its fields by name. Several, in a
+        list or by name, stand in one model, the innermost first; see
+        `adapters.several`.
       rows: to train on, from `encode`; for starts that look at some of them.
       batch_size: rows at a time, as in `evaluate`.
       seed: of the initialisation.
@@ -109,8 +120,39 @@ class Model:
       errors.UsageError: for an unknown method or target, a bad value, or
         without rows for a start that looks at them.
     """
-    config = config or adapters_lib.AdapterConfig(**fields)
+    if config is None:
+      config = adapters_lib.AdapterConfig(**fields)
     self._check_whole()
+    parts, configs = {}, {}
+    if isinstance(config, adapters_lib.AdapterConfig):
+      config = first = self._with_tokens(config)
+    else:
+      configs = hybrid.by_name(config)
+      name = next(iter(configs))
+      configs[name] = first = self._with_tokens(configs[name])
+      parts = {name: parts_lib.Part(one) for name, one in configs.items()}
+      config = configs
+    originals, stats = load_lib.originals(self.source, self._whole), None
+    if rows is not None and first.start().informed is not None:
+      changed, stats = statistics.gather(
+          first, self._some(rows, first.init_batches, batch_size, seed),
+          base=self.base, paths=self.paths, model=self.config,
+          settings=step_lib.Settings(
+              dtype=self.dtype, remat="full", mesh=self.mesh,
+              attention=self._attention("single"), offload=self.offload),
+          originals=originals)
+      config = first = changed
+      if parts:
+        name = next(iter(parts))
+        parts[name] = parts_lib.Part(first)
+        config = configs | {name: first}
+    base, tree = adapters_lib.build(
+        jax.random.key(seed), config, self.base, self.paths, originals, donate,
+        modules.geometry(self.config), stats)
+    return self._with(base, tree, first, None, parts)
+
+  def _with_tokens(self, config):
+    """A config that has the ids of the tokens it calls new."""
     if config.trainable_token_indices == "new":
       if not self.new_tokens:
         raise errors.UsageError(
@@ -118,19 +160,7 @@ class Model:
             "none; give ids, or name tokens there")
       config = dataclasses.replace(
           config, trainable_token_indices=self.new_tokens)
-    originals, stats = load_lib.originals(self.source, self._whole), None
-    if rows is not None and config.start().informed is not None:
-      config, stats = statistics.gather(
-          config, self._some(rows, config.init_batches, batch_size, seed),
-          base=self.base, paths=self.paths, model=self.config,
-          settings=step_lib.Settings(
-              dtype=self.dtype, remat="full", mesh=self.mesh,
-              attention=self._attention("single"), offload=self.offload),
-          originals=originals)
-    base, tree = adapters_lib.build(
-        jax.random.key(seed), config, self.base, self.paths, originals, donate,
-        modules.geometry(self.config), stats)
-    return self._with(base, tree, config, None)
+    return config
 
   def _some(self, rows, number, batch_size, seed):
     """The first batches of an epoch, one example a row, on the devices."""
@@ -141,10 +171,11 @@ class Model:
     return [self._place_batch(jax.tree.map(lambda x: x[0], batches.batch(n)))
             for n in range(min(number, batches.steps_per_epoch))]
 
-  def _with(self, base, tree, config, text):
+  def _with(self, base, tree, config, text, parts):
     """With these adapters, and a base that their start may have changed."""
+    first = parts_lib.first(tree, parts)  # No other can have changed it.
     taken = {name: (a.a0, a.b0)
-             for name, a in (tree.layers | tree.outer).items()
+             for name, a in (first.layers | first.outer).items()
              if getattr(a, "a0", None) is not None}
     replaced = None
     if taken:
@@ -152,7 +183,7 @@ class Model:
       replaced = adapters_lib.starts.digest(base, taken)
     return dataclasses.replace(
         self, base=base, adapters=self._place(tree), adapter_config=config,
-        peft_config=text, replaced=replaced)
+        peft_config=text, parts=parts, replaced=replaced)
 
   def _check_whole(self):
     if self.replaced is not None:
@@ -164,18 +195,23 @@ class Model:
       self, folder: str | pathlib.Path, *, dropout: float | None = None,
       donate: bool = False
   ) -> Model:
-    """With the adapter of a PEFT folder.
+    """With the adapter of a PEFT folder, or the parts of several.
 
     Args:
-      folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+      folder: holds `adapter_config.json` and `adapter_model.safetensors`, or
+        `hybrid.json` (`export.hybrid`).
       dropout: rate of further training; the folder's own by default.
       donate: see `adapt`.
 
     Raises:
       errors.UserError: if it cannot be read, or belongs to another base.
     """
+    folder = pathlib.Path(folder)
+    names = hybrid_export.order(folder)
+    if names is not None:
+      return parts_lib.read(self, folder, names, dropout)
     loaded = peft.read(
-        pathlib.Path(folder), self.paths, modules.shapes(self.config),
+        folder, self.paths, modules.shapes(self.config),
         hf.fused_modules(self.config), modules.geometry(self.config))
     if loaded.fingerprint not in (None, self.fingerprint):
       raise errors.UserError(
@@ -195,7 +231,7 @@ class Model:
     base = self.base
     if config.start().replaces:
       base, tree = self._replaced(loaded, tree, donate)
-    found = self._with(base, adapters_lib.beside(tree, base), config, text)
+    found = self._with(base, adapters_lib.beside(tree, base), config, text, {})
     if loaded.replaced not in (None, found.replaced):
       raise errors.UserError(
           f"{folder}: the adapter was trained beside base weights with digest "
@@ -246,7 +282,9 @@ class Model:
       batch_size: rows at a time, rounded up to what the mesh divides.
     """
     ways = mesh_lib.ways(self.mesh)
-    rows = virtual.ahead(rows, adapters_lib.virtual_tokens(self.adapters))
+    rows = virtual.ahead(
+        rows, adapters_lib.virtual_tokens(self.adapters),
+        adapters_lib.virtual_tasks(self.adapters))
     return self.row_losses(
         pipeline.eval_batches(rows, -(-batch_size // ways) * ways))
 
@@ -313,25 +351,24 @@ class Model:
           self, base=base, adapters=adapters_lib.join(
               precision_lib.widen(params), frozen))
 
+    settings = self.settings(
+        layout="packed" if packing else "single", steps=config.steps,
+        remat=remat, optimizer=optim.name, precision=precision)
     evaluate = None if held_out is None else (
         lambda *now: model(*now).evaluate(
             held_out, batch_size=config.batch_size))
     task = loop.Task(
         model=self.config, base=self.base, frozen=frozen,
         batches=pipeline.Batches(
-            virtual.ahead(rows, ahead), config.batch_size,
+            virtual.ahead(
+                rows, ahead, adapters_lib.virtual_tasks(self.adapters)),
+            config.batch_size,
             config.accumulation, longest + ahead, packing, seed),
         learning_rates=optim_lib.learning_rates(optim, config.steps),
         optim=optim,
         base_digest=self.replaced,
         memory=(memory or memory_lib.MemoryConfig()).validate(),
-        settings=step_lib.Settings(
-            dtype=self.dtype, remat=remat,
-            noise=self.adapter_config.dropout > 0,
-            optim_dtype=precision.optim_dtype, optimizer=optim.name,
-            mesh=self.mesh, frozen_matmul=precision.frozen_matmul,
-            attention=self._attention("packed" if packing else "single"),
-            offload=self.offload),
+        settings=settings,
         key=jax.random.key(seed),
         place=self._place_batch,
         evaluate=evaluate,
@@ -341,9 +378,39 @@ class Model:
         sinks=sinks or sinks_lib.Sinks(), donate=donate)
     outcome = loop.fit(
         task, self._place(step_lib.init_state(
-            params, precision, self.dtype, optim.name, self.offload)),
+            params, precision, self.dtype, optim.name, self.offload,
+            settings.rules)),
         config, pathlib.Path(workdir))
     return model(outcome.state.params, outcome.base), outcome
+
+  def settings(
+      self, *, layout: str, steps: int, remat: str = "auto",
+      optimizer: str = "adamw",
+      precision: precision_lib.Precision | None = None,
+  ) -> step_lib.Settings:
+    """The static choices of a training step.
+
+    Args:
+      layout: of the rows, "packed" or "single".
+      steps: of the run, which some methods divide into phases.
+      remat: what the backward pass keeps, a key of `models.remat.POLICIES`.
+      optimizer: a key of `optim.OPTIMIZERS`.
+      precision: how the state is stored.
+
+    Raises:
+      errors.UsageError: if the method's options do not fit the steps.
+    """
+    precision = precision or precision_lib.Precision()
+    configs = [part.config for part in self.parts.values()] or [
+        self.adapter_config]
+    return step_lib.Settings(
+        dtype=self.dtype, remat=remat,
+        noise=any(config.dropout > 0 for config in configs),
+        optim_dtype=precision.optim_dtype, optimizer=optimizer,
+        mesh=self.mesh, frozen_matmul=precision.frozen_matmul,
+        attention=self._attention(layout), offload=self.offload,
+        rules=tuple(rule for config in configs for rule in registry.rules(
+            config, steps, self.adapters)))
 
   def generate(
       self, prompts: Sequence[Sequence[int] | np.ndarray], **options
@@ -373,7 +440,7 @@ class Model:
 
   def save(
       self, folder: str | pathlib.Path, *, difference: bool = False) -> None:
-    """Saves the adapters in PEFT's format.
+    """Saves the adapters in PEFT's format; of several, a folder each.
 
     Adapters that started by replacing base weights (`adapters.starts`) need
     them replaced again when they are read: `with_adapter` does so, exactly;
@@ -392,6 +459,8 @@ class Model:
       errors.UserError: if PEFT has no counterpart (`save_merged` does), or
         the folder cannot be written.
     """
+    if self.parts:
+      return parts_lib.save(self, pathlib.Path(folder), difference)
     config = self.peft_config or peft.peft_config(
         self.adapter_config, self.adapters, self.paths, self.source)
     tree, replaced, began = self.adapters, self.replaced, None
@@ -408,12 +477,33 @@ class Model:
         whole.tables(tree, self.base) if self.resized else None,
         self.tokenizer if self.new_tokens else None, began)
 
+  @property
+  def mergeable(self) -> tuple[str, ...]:
+    """Those of several parts that can be merged while others are kept."""
+    return parts_lib.mergeable(self)
+
   def save_merged(
-      self, folder: str | pathlib.Path, dtype: str = "float32") -> None:
-    """Saves base and adapters as one Hugging Face model, dequantised."""
+      self, folder: str | pathlib.Path, dtype: str = "float32",
+      parts: Sequence[str] | None = None) -> None:
+    """Saves base and adapters as one Hugging Face model, dequantised.
+
+    Args:
+      folder: where.
+      dtype: of the weights.
+      parts: which of several parts are merged; all by default. The others are
+        saved in its folder `adapter`: they are adapters of the merged model.
+
+    Raises:
+      errors.UserError: if a part cannot be merged (while others are kept), or
+        the folder cannot be written.
+    """
+    merged, rest = parts_lib.split(self, parts)
     hf_export.write(
-        pathlib.Path(folder), self.config, self.base, self.adapters,
+        pathlib.Path(folder), self.config, self.base, merged.adapters,
         dtype=dtype, tokenizer=self.tokenizer)
+    if rest is not None:
+      dataclasses.replace(rest, source=str(folder)).save(
+          pathlib.Path(folder) / parts_lib.REST)
 
   def row_losses(
       self, batches: Iterable[tuple[types.Batch, np.ndarray]]

@@ -25,6 +25,8 @@ class Example:
     prompt: with `completion`: plain text that is continued.
     completion: the continuation, which carries the loss.
     text: plain text, all of which carries the loss.
+    task: the row's `task_id`, if that is an integer: of several tasks, for
+      methods that treat them differently.
   """
 
   source: str
@@ -32,6 +34,7 @@ class Example:
   prompt: str | None = None
   completion: str | None = None
   text: str | None = None
+  task: int | None = None
 
 
 Converter: TypeAlias = Callable[[Mapping[str, Any], str], Example]
@@ -61,7 +64,11 @@ def convert(row: Any, format: str, source: str) -> Example:
         'keys; write rows such as {"prompt": ..., "completion": ...}')
   if format == "auto":
     format = detect(row, source)
-  return errors.choose("data.format", format, FORMATS)(row, source)
+  example = errors.choose("data.format", format, FORMATS)(row, source)
+  task = row.get("task_id")
+  # Data sets have names there, too.
+  known = isinstance(task, int) and not isinstance(task, bool)
+  return dataclasses.replace(example, task=task if known else None)
 
 
 def detect(row: Mapping[str, Any], source: str) -> str:

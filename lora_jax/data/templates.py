@@ -36,11 +36,13 @@ class Encoded:
     weights: float32 [n]; `weights[j]` is the weight of predicting
       `tokens[j]` from those before it (so `weights[0]` never counts).
     source: where the example came from, `"file.jsonl:17"`.
+    task: of several tasks, or None; see `virtual`.
   """
 
   tokens: np.ndarray
   weights: np.ndarray
   source: str = ""
+  task: int | None = None
 
 
 def encode(
@@ -70,6 +72,11 @@ def encode(
   Raises:
     UserError: no chat template, or one that refuses or rewrites the example.
   """
+  return dataclasses.replace(
+      _encode(example, tokenizer, add_system), task=example.task)
+
+
+def _encode(example, tokenizer, add_system):
   if example.messages is not None:
     return _encode_messages(
         _with_system(example.messages, add_system), tokenizer, example.source)

@@ -54,6 +54,7 @@ def generate(
     stop_ids: Iterable[int] = (),
     seed: int = 0,
     rows: Sequence[int] | None = None,
+    tasks: Sequence[int] | None = None,
     dtype: Any = "float32",
     mesh: Mesh | None = None,
     attention: attention_lib.Options = attention_lib.Options(),
@@ -78,6 +79,8 @@ def generate(
     seed: of the request.
     rows: number of each row in the request, for those who cut a request into
       batches; 0, 1, ... by default.
+    tasks: of each prompt, for adapters with virtual tokens of several; all 0
+      by default.
     dtype: of activations and cache.
     mesh: the devices that the trees are spread over, or None for one. Rows
       are cut along its data axis; weights are not gathered for single tokens,
@@ -93,7 +96,7 @@ def generate(
   Raises:
     errors.UserError: for an empty or over-long prompt, or a token that the
       model does not have.
-    errors.UsageError: for a sampling parameter out of range.
+    errors.UsageError: for a sampling parameter or a task out of range.
   """
   how = sampling_lib.sampling(temperature, top_k, top_p)
   if max_new_tokens < 1:
@@ -102,8 +105,10 @@ def generate(
   if not prompts:
     return []
   _check(model, prompts)
-  ahead = virtual.ids(adapters_lib.virtual_tokens(adapters)).tolist()
-  prompts = [ahead + list(prompt) for prompt in prompts]
+  ahead = adapters_lib.virtual_tokens(adapters)
+  tasks = _tasks(tasks, len(prompts), adapters_lib.virtual_tasks(adapters))
+  prompts = [virtual.ids(ahead, task).tolist() + list(prompt)
+             for task, prompt in zip(tasks, prompts, strict=True)]
   dtype = jnp.dtype(dtype).name
   base, adapters = decoding.prepared(base, adapters, dtype, mesh)
   n, b = len(prompts), bucket(len(prompts), 1)
@@ -155,6 +160,16 @@ def generate(
                  for r, limit in zip(results, limits.tolist())]
     pending, asked = further, asked + steps
   return results
+
+
+def _tasks(given, n, known) -> list[int]:
+  """The task of each of n prompts."""
+  tasks = [0] * n if given is None else list(given)
+  if len(tasks) != n or not all(0 <= task < known for task in tasks):
+    raise errors.UsageError(
+        f"tasks={tasks} are not one for each of {n} prompts, from 0 to "
+        f"{known - 1}; correct them, or leave them out")
+  return tasks
 
 
 def _check(model, prompts) -> None:

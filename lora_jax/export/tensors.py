@@ -23,7 +23,8 @@ import numpy as np
 # The format's names of the types that can be written.
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # Those of what is no weight.
-INDICES = {"int32": "I32", "int64": "I64", "uint8": "U8", "bool": "BOOL"}
+INDICES = {"int16": "I16", "int32": "I32", "int64": "I64", "uint8": "U8",
+           "bool": "BOOL"}
 
 
 def write(

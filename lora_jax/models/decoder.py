@@ -224,7 +224,7 @@ def _with_prefix(ahead, cached, where, k):
 
   Args:
     ahead: keys and values `[n, k, e]`, at positions -n ... -1, and whether
-      they are seen.
+      they are seen; see `Adapter.prefix`.
     cached: see `layer`.
     where: positions and segments of queries and of cached keys; the window.
     k: the tokens' own keys `[b, t, k, e]`.
@@ -363,10 +363,8 @@ def forward(
   # Looked up where the parts of the table are, then exchanged: what is looked
   # up is less than the table.
   hidden = sharding.rows(
-      mesh, _embed(base, adapters, tokens, dtype), "requests", None, "model")
-  if config.embed_scale is not None:
-    # transformers rounds it too: 55.5 for sqrt(3072) in bfloat16.
-    hidden = hidden * jnp.asarray(config.embed_scale, dtype)
+      mesh, _embed(base, adapters, tokens, dtype, config.embed_scale),
+      "requests", None, "model")
   hidden, new = stream.scan(
       body, (context, noise, known), sharding.rows(mesh, hidden), xs,
       remat=remat,
@@ -442,7 +440,7 @@ def _trained(adapters):
           if getattr(module, "weight", None) is not None}
 
 
-def _embed(base, adapters, tokens, dtype):
+def _embed(base, adapters, tokens, dtype, scale=None):
   adapter = adapters_lib.module(adapters, "embed_tokens", None)
   prompt = adapters_lib.module(adapters, "prompt", None)
   known = tokens if prompt is None else jnp.maximum(tokens, 0)
@@ -451,9 +449,12 @@ def _embed(base, adapters, tokens, dtype):
   else:
     # Rows first: casting the table would cost a second one.
     found = jnp.take(base.embed_tokens, known, axis=0).astype(dtype)
+  if scale is not None:
+    # transformers rounds it too: 55.5 for sqrt(3072) in bfloat16.
+    found = found * jnp.asarray(scale, dtype)
   if prompt is None:
     return found
-  # Virtual tokens are numbered -1, -2, ...
+  # Virtual tokens are numbered -1, -2, ..., and not scaled.
   rows = jnp.take(prompt.virtual(), jnp.maximum(-1 - tokens, 0), axis=0)
   return jnp.where((tokens < 0)[..., None], rows.astype(dtype), found)
 
@@ -463,7 +464,8 @@ def _prefix_length(adapters) -> int:
   block = adapters.layers.get("self_attn")
   if block is None:
     return 0
-  ahead = jax.eval_shape(jax.vmap(lambda one: one.prefix()), block)
+  ahead = jax.eval_shape(
+      jax.vmap(lambda one: one.bound(adapters.shared).prefix()), block)
   return 0 if ahead is None else ahead[0].shape[1]
 
 

@@ -30,7 +30,8 @@ def geometry(config: config_lib.ModelConfig) -> base_lib.Geometry:
   """A model's sizes, as methods are told of them."""
   return base_lib.Geometry(
       d=config.d_model, f=config.d_ff, h=config.n_heads, k=config.n_kv_heads,
-      e=config.head_dim, l=config.n_layers, v=config.vocab_size)
+      e=config.head_dim, l=config.n_layers, v=config.vocab_size,
+      embed_scale=config.embed_scale or 1.0)
 
 
 def shapes(

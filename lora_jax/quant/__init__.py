@@ -8,12 +8,14 @@ A new format is one file with a subclass of `QuantizedArray` and one row of
 `FORMATS`.
 """
 
+from lora_jax.quant.base import Computed
 from lora_jax.quant.base import QuantizedArray
 from lora_jax.quant.base import QuantSpec
 from lora_jax.quant.base import WHOLE
 from lora_jax.quant.joint import matmul as joint_matmul
 from lora_jax.quant.linear import cross
 from lora_jax.quant.linear import matmul
+from lora_jax.quant.linear import take
 from lora_jax.quant.registry import bits_per_parameter
 from lora_jax.quant.registry import check
 from lora_jax.quant.registry import dequantize
@@ -24,6 +26,7 @@ from lora_jax.quant.registry import spec_of
 __all__ = [
     "FORMATS",
     "WHOLE",
+    "Computed",
     "QuantSpec",
     "QuantizedArray",
     "bits_per_parameter",
@@ -34,4 +37,5 @@ __all__ = [
     "matmul",
     "quantize",
     "spec_of",
+    "take",
 ]

@@ -57,6 +57,33 @@ class QuantSpec:
           "use 64 (or 32, 128, 256)")
 
 
+class Computed:
+  """A weight `[i, o]` that is made of another where it is used.
+
+  Everything that it is made of may have gradients; see `adapters.several`.
+  """
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    raise TypeError(f"{type(self).__name__} has no shape")
+
+  @property
+  def ndim(self) -> int:
+    return len(self.shape)
+
+  def matmul(self, x: jax.Array) -> jax.Array:
+    """`x [..., i] @ w` in `x`'s dtype -> `[..., o]`."""
+    raise TypeError(f"{type(self).__name__} has no product")
+
+  def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
+    """The weight itself, `[i, o]`."""
+    raise TypeError(f"{type(self).__name__} is no matrix")
+
+  def take(self, rows: types.Array) -> jax.Array:
+    """Rows `[..., o]` of it, for `rows [...]`."""
+    raise TypeError(f"{type(self).__name__} is no table")
+
+
 @struct.dataclass(kw_only=True)
 class QuantizedArray:
   """A weight `[i, o]` stored in few bits; a format is a subclass.

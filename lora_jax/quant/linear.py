@@ -12,15 +12,17 @@ from lora_jax.quant import base
 from lora_jax.quant import fp8
 from lora_jax.quant import registry
 
+Weight = types.Array | base.QuantizedArray | fp8.InFloat8 | base.Computed
 
-def matmul(
-    x: jax.Array, w: types.Array | base.QuantizedArray | fp8.InFloat8
-) -> jax.Array:
+
+def matmul(x: jax.Array, w: Weight) -> jax.Array:
   """`x [..., i] @ w [i, o]` in `x`'s dtype -> `[..., o]`.
 
   A quantised weight is frozen: it has no gradient, and the backward pass
   dequantises it again, so that only its codes live between the two passes.
   """
+  if isinstance(w, base.Computed):
+    return w.matmul(x)
   if isinstance(w, fp8.InFloat8):
     if fp8.applies(x, w):
       return fp8.matmul(x, w.weight, w.recipe)
@@ -30,11 +32,15 @@ def matmul(
   return x @ w.astype(x.dtype)
 
 
+def take(table: types.Array | base.Computed, rows: types.Array) -> jax.Array:
+  """Rows `[..., o]` of a table `[i, o]`, for `rows [...]`."""
+  if isinstance(table, base.Computed):
+    return table.take(rows)
+  return jnp.take(table, rows, axis=0)
+
+
 def cross(
-    a: types.Array,
-    w: types.Array | base.QuantizedArray | fp8.InFloat8,
-    dtype: Any = jnp.float32,
-) -> jax.Array:
+    a: types.Array, w: Weight, dtype: Any = jnp.float32) -> jax.Array:
   """`a [i, r]` transposed times `w [i, o]`, `[r, o]` float32.
 
   The operands are rounded to `dtype`, the sums are not; there is no gradient.

@@ -88,10 +88,12 @@ def _quantize(w: jax.Array, spec: base.QuantSpec) -> base.QuantizedArray:
 
 
 def dequantize(
-    w: types.Array | base.QuantizedArray | fp8.InFloat8,
+    w: types.Array | base.QuantizedArray | fp8.InFloat8 | base.Computed,
     dtype: Any = jnp.float32,
 ) -> jax.Array:
   """The weight `[..., i, o]` in `dtype`, of a plain or a quantised array."""
+  if isinstance(w, base.Computed):
+    return w.dequantize(dtype)
   if isinstance(w, fp8.InFloat8):
     w = w.weight
   if isinstance(w, base.QuantizedArray):

@@ -295,7 +295,8 @@ class _Run:
           "grad_norm": _finite(metrics["grad_norm"]),
           "lr": float(self.task.learning_rates[number - 1]),
           "tokens": self.progress.tokens, "tokens_per_s": round(speed, 1)}
-          | {k: metrics[k] for k in ("loss_scale", "skipped") if k in metrics})
+          | {k: metrics[k] for k in ("loss_scale", "skipped") if k in metrics}
+          | {k: _finite(metrics[k]) for k in ("penalty",) if k in metrics})
 
   def _write(self, values):
     self.metrics.write(values)

@@ -6,7 +6,7 @@ over them compiles one step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 
 import jax
@@ -18,6 +18,7 @@ from lora_jax import errors
 from lora_jax import struct
 from lora_jax import trees
 from lora_jax import types
+from lora_jax.adapters import method as method_lib
 from lora_jax.adapters import partition
 from lora_jax.train import adam8bit
 
@@ -206,18 +207,27 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 
 
 def transform(
-    values: Hyper, mu_dtype: str = "float32", name: str = "adamw"
-) -> optax.GradientTransformation:
+    values: Hyper, mu_dtype: str = "float32", name: str = "adamw",
+    rules: Sequence[method_lib.Rule] = (),
+) -> optax.GradientTransformationExtraArgs:
   """AdamW (arXiv 1711.05101) after clipping by global norm.
 
   Args:
     values: traced.
     mu_dtype: how the first moment is stored, where it is not in 8 bits.
     name: a key of `OPTIMIZERS`.
+    rules: what methods add to it, after clipping. Its `update` then wants
+      `frozen=`; see `adapters.method.Rule`.
   """
-  return optax.chain(
-      optax.clip_by_global_norm(values.clip_norm),
+  clip = optax.clip_by_global_norm(values.clip_norm)
+  inner = (
       OPTIMIZERS[name](values.b1, values.b2, values.eps, mu_dtype=mu_dtype),
       optax.add_decayed_weights(values.weight_decay, decay_mask),
       _scale_by_rates(values),
   )
+  if not rules:
+    return optax.chain(clip, *inner)
+  wrapped: optax.GradientTransformation = optax.chain(*inner)
+  for rule in rules:
+    wrapped = rule.wrap(wrapped)
+  return optax.chain(clip, wrapped)

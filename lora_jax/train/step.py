@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 
@@ -15,6 +16,7 @@ from lora_jax import host as host_lib
 from lora_jax import mesh as mesh_lib
 from lora_jax import struct
 from lora_jax import types
+from lora_jax.adapters import method as method_lib
 from lora_jax.kernels import attention as attention_lib
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
@@ -63,6 +65,7 @@ class Settings:
       itself where it is; see `host_lib.placed`.
     frozen_matmul: in what the layers' frozen weights are multiplied, a key of
       `quant.fp8.RECIPES`.
+    rules: what methods add to training, `adapters.registry.rules`.
   """
 
   dtype: str = "float32"
@@ -75,6 +78,7 @@ class Settings:
   mlp_tiles: int = 1
   offload: tuple[str, ...] = ()
   frozen_matmul: str = "auto"
+  rules: tuple[method_lib.Rule, ...] = ()
 
 
 def init_state(
@@ -83,6 +87,7 @@ def init_state(
     dtype: str = "float32",
     optimizer: str = "adamw",
     offload: tuple[str, ...] = (),
+    rules: Sequence[method_lib.Rule] = (),
 ) -> TrainState:
   """State before the first step; `params` is copied (steps donate it).
 
@@ -92,11 +97,12 @@ def init_state(
     dtype: compute type of activations.
     optimizer: a key of `optim.OPTIMIZERS`.
     offload: as in `Settings`.
+    rules: as in `Settings`.
   """
   precision = precision or precision_lib.Precision()
   zero = optim.Hyper(*([jnp.float32(0)] * 6))
   opt_state = optim.transform(
-      zero, precision.optim_dtype, optimizer).init(params)
+      zero, precision.optim_dtype, optimizer, rules).init(params)
   if "optimiser" in offload:
     opt_state = host_lib.on_host(opt_state)
   return TrainState(
@@ -165,9 +171,19 @@ def weighted_sum(
       model.vocab_size, mesh_lib.ways(settings.mesh))
 
 
+def penalty(
+    params: types.Tree, rules: Sequence[method_lib.Rule]) -> jax.Array | None:
+  """What the rules add to the loss, `[]` float32; None if they add nothing."""
+  terms = [term for term in (rule.penalty(params) for rule in rules)
+           if term is not None]
+  return sum(terms[1:], terms[0]) if terms else None
+
+
 def loss_and_grads(
     params, frozen, base, batch, key, *, model, settings, scale=None):
   """Loss normalised by the batch's weight, and its gradient.
+
+  The gradient is that of the loss and of what `settings.rules` add to it.
 
   Args:
     params, frozen, base, key, model, settings: see `weighted_sum`.
@@ -195,7 +211,11 @@ def loss_and_grads(
 
   start = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
   (value, grads), _ = jax.lax.scan(micro, start, batch)
-  return jax.tree.map(lambda x: x / total, (value, grads))
+  value, grads = jax.tree.map(lambda x: x / total, (value, grads))
+  if penalty(params, settings.rules) is not None:
+    added = jax.grad(penalty)(params, settings.rules)
+    grads = jax.tree.map(jnp.add, grads, added)
+  return value, grads
 
 
 def _after(first: types.Tree, state: types.Tree) -> tuple:
@@ -239,7 +259,8 @@ def train_step(
 
   Returns:
     The next state, and scalars `loss`, `grad_norm`, `tokens`, `finite`; in
-    float16 also `loss_scale` and `skipped`, the steps skipped so far.
+    float16 also `loss_scale` and `skipped`, the steps skipped so far; where
+    rules add to the loss also `penalty`, which is no part of `loss`.
   """
   key = jax.random.fold_in(key, state.step)
   wide, scaling = precision_lib.widen(state.params), state.loss_scale
@@ -251,8 +272,8 @@ def train_step(
   # Not before the gradient is there: until then the activations are.
   grads, held = _after(grads, state.opt_state)
   updates, opt_state = optim.transform(
-      hyper, settings.optim_dtype, settings.optimizer).update(
-          grads, held, wide)
+      hyper, settings.optim_dtype, settings.optimizer, settings.rules).update(
+          grads, held, wide, **({"frozen": frozen} if settings.rules else {}))
   params = precision_lib.store(
       key, optax.apply_updates(wide, updates), state.params)
   params, opt_state = jax.tree.map(
@@ -268,6 +289,9 @@ def train_step(
       "tokens": jnp.sum(batch.segment_ids > 0),
       "finite": finite,
   }
+  added = penalty(wide, settings.rules)
+  if added is not None:
+    metrics["penalty"] = added
   if scaling is not None:
     after = precision_lib.adjust(scaling, finite)
     metrics |= {

@@ -150,7 +150,8 @@ def test_scan_computes_what_a_loop_does(method):
 def test_the_count_is_that_of_the_formula(method):
   _, tree = contract.built(method, "none")
   row, config = ROWS[method], registry.checked(contract.block(method))
-  expected = registry.shared_count(row, config.options, rank=4)
+  expected = registry.shared_count(
+      row, config.options, rank=4, geometry=contract.GEOMETRY)
   shapes = tiny.shapes(CONFIG)
   for name, placed in assemble.placements(tree).items():
     for rank in placed.rank:

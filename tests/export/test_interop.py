@@ -48,7 +48,7 @@ def matrix():
         + peft.__version__)
   for method in contract.ADAPTING:
     found = MATRIX.get(method, {})
-    marks = ["-" if method in LACKING else found.get(s, "FAILED")
+    marks = ["-" if method in LACKING else found.get(s, "not run")
              for s in STEPS]
     print(f"  {method:24}" + "".join(f"{m:14}" for m in marks))
   if LACKING:
@@ -68,11 +68,18 @@ def folder(tmp_path_factory):
   return where / "m"
 
 
-def torch_model(folder):
+def torch_model(folder, method):
   import transformers
 
-  return transformers.AutoModelForCausalLM.from_pretrained(
+  model = transformers.AutoModelForCausalLM.from_pretrained(
       folder, dtype=torch.float32, attn_implementation="eager").eval()
+  if method == "adaption_prompt":
+    # PEFT 0.21.2 adds o_proj's bias twice: o_proj(o) + o_proj(what is added).
+    # Halved, it is as often there as it should be; see test_llama_adapter.py.
+    with torch.no_grad():
+      for layer in model.model.layers:
+        layer.self_attn.o_proj.bias /= 2
+  return model
 
 
 def block(method):
@@ -105,6 +112,12 @@ def read(folder):
       geometry=modules.geometry(CONFIG))
 
 
+def read_as(method):
+  """What a folder says of the method that it is of."""
+  form = ROWS[method].form
+  return (form and form.same_as) or method
+
+
 def our_logits(tree):
   virtual = adapters_lib.virtual_tokens(tree)
   ahead = np.tile(-1 - np.arange(virtual, dtype=np.int32), (2, 1))
@@ -119,9 +132,16 @@ def our_logits(tree):
 def peft_logits(model):
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    found = tiny.torch_logits(model.eval(), TOKENS)
+    several = hasattr(model.active_peft_config, "num_tasks")
+    tasks = {"task_ids": torch.zeros(2, dtype=torch.long)} if several else {}
+    found = tiny.torch_logits(model.eval(), TOKENS, **tasks)
   # Those of virtual tokens come first.
   return found[:, -TOKENS.shape[1]:]
+
+
+def begun(method, *steps):
+  for step in steps:
+    done(method, step, "FAILED")
 
 
 def done(method, step, text="ok"):
@@ -130,12 +150,13 @@ def done(method, step, text="ok"):
 
 @each
 def test_peft_reads_ours_and_merges_alike(method, folder, tmp_path):
+  begun(method, "save", "merge")
   tree = ours(method)
   write(tmp_path / "a", method, tree)
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     model = peft.PeftModel.from_pretrained(
-        torch_model(folder), str(tmp_path / "a"))
+        torch_model(folder, method), str(tmp_path / "a"))
   here = our_logits(tree)
   assert tiny.distance(here, our_logits(None)) > 1e-3
   assert tiny.distance(here, peft_logits(model)) <= 2e-5
@@ -158,20 +179,21 @@ def test_peft_reads_ours_and_merges_alike(method, folder, tmp_path):
 @each
 def test_ours_reads_peft(method, folder, tmp_path):
   """An adapter that PEFT made from our config, with random values."""
+  begun(method, "load", "stable")
   write(tmp_path / "a", method, ours(method))
   config = peft.PeftConfig.from_pretrained(str(tmp_path / "a"))
   config.inference_mode = False
   torch.manual_seed(0)
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    model = peft.get_peft_model(torch_model(folder), config)
+    model = peft.get_peft_model(torch_model(folder, method), config)
   with torch.no_grad():
     for value in model.parameters():
       if value.requires_grad:
         value += 0.1 * torch.randn_like(value)
   model.save_pretrained(str(tmp_path / "theirs"))
   loaded = read(tmp_path / "theirs")
-  assert loaded.config.method == method
+  assert loaded.config.method == read_as(method)
   there = peft_logits(model)
   assert tiny.distance(our_logits(loaded.adapters), there) <= 2e-5
   assert tiny.distance(our_logits(None), there) > 1e-3
@@ -196,7 +218,7 @@ def test_our_own_files_come_back_byte_for_byte(method, tmp_path):
   tree = ours(method)
   write(tmp_path / "a", method, tree)
   loaded = read(tmp_path / "a")
-  assert loaded.config.method == method
+  assert loaded.config.method == read_as(method)
   peft_export.write(tmp_path / "b", loaded.adapters, loaded.peft_config,
                     modules.paths(CONFIG))
   for name in (peft_export.CONFIG, peft_export.WEIGHTS):

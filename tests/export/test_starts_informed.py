@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors
 
+from lora_jax import adapters as adapters_lib
 from lora_jax import api
 from lora_jax import errors
 from lora_jax import quant
@@ -188,6 +189,20 @@ def test_a_folder_of_another_base_is_refused(models, adapted, tmp_path):
   adapted("corda", fmt="nf4").save(tmp_path / "a")
   with pytest.raises(errors.UserError, match=r"digest.*use the quant block"):
     models["none"].with_adapter(tmp_path / "a")
+
+
+def test_the_first_of_several_methods_may_look_at_rows(models, rows, tmp_path):
+  first = adapters_lib.AdapterConfig(init="corda", **BLOCK)
+  other = adapters_lib.AdapterConfig(method="houlsby", rank=2)
+  model = models["none"].adapt([first, other], rows=rows, batch_size=2)
+  alone = models["none"].adapt(first, rows=rows, batch_size=2)
+  assert model.replaced == alone.replaced is not None
+  model.save(tmp_path / "a")
+  read = models["none"].with_adapter(tmp_path / "a")
+  assert read.replaced == model.replaced
+  np.testing.assert_array_equal(plain.logits(read), plain.logits(model))
+  with pytest.raises(errors.UsageError, match="which only the first of"):
+    models["none"].adapt([other, first], rows=rows)
 
 
 def test_rows_are_asked_for(models):

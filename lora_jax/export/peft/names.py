@@ -45,7 +45,7 @@ def method_of(
     return name, errors.choose(f"{place}: {OWN}.method", name, {
         k: v for k, v in registry.METHODS.items() if v.adapter})
   forms = {name: row.form for name, row in registry.METHODS.items()
-           if row.form is not None}
+           if row.form is not None and not row.form.same_as}
   kind = config.get("peft_type")
   fitting = [
       name for name, form in forms.items() if form.peft_type == kind

@@ -181,7 +181,7 @@ class _Reader:
             self._geometry)
         return type(like).from_peft(common, base_lib.Slot(
             rank=np.int32(1), scale=1.0, rate=0.0, options=options))
-      return form.shared(common, options, shapes)
+      return form.shared(common, self._block, shapes)
     except KeyError as error:
       raise errors.UserError(
           f"{self._file}: {names_lib.SHARED}{error.args[0]} is missing; save "

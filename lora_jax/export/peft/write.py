@@ -60,6 +60,8 @@ def peft_config(
   if row.form.lists_targets:
     found["target_modules"] = sorted(names)
     found["modules_to_save"] = whole_names or None
+  if row.form.places is not None:
+    found |= row.form.places(_ranks(adapters))
   indices = whole.token_indices(adapters)
   if row.form.peft_type == "LORA" or indices:
     found |= {

@@ -1,0 +1,120 @@
+"""A config's adapter in PEFT and PEFT's here, for what interop has no case of.
+
+`tests/export/test_interop.py` does the same for each method's defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import tempfile
+import warnings
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from lora_jax import adapters as adapters_lib
+from lora_jax.export import hf as hf_export
+from lora_jax.export import peft as peft_export
+from lora_jax.models import init
+from lora_jax.models import modules
+from tests import tiny
+from tests.adapters import contract
+
+# With biases, as transformers has them.
+CONFIG = dataclasses.replace(contract.CONFIG, o_bias=True, mlp_bias=True)
+TOKENS = np.random.default_rng(0).integers(0, 31, (2, 12)).astype(np.int32)
+PATHS = modules.paths(CONFIG)
+
+
+@functools.cache
+def base():
+  return init.random_base(jax.random.key(0), CONFIG)
+
+
+def torch_model():
+  """The base in transformers."""
+  transformers = pytest.importorskip("transformers")
+  torch = pytest.importorskip("torch")
+  with tempfile.TemporaryDirectory() as folder:
+    hf_export.write(f"{folder}/m", CONFIG, base(), None)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        f"{folder}/m", dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def build(config, move=0.1):
+  """Adapters of a config, with `move` times noise on what is trained."""
+  _, tree = adapters_lib.build(
+      jax.random.key(1), config, base(), PATHS,
+      geometry=modules.geometry(CONFIG))
+  return contract.moved(tree, move)
+
+
+def logits(tree):
+  positions = np.tile(np.arange(12, dtype=np.int32), (2, 1))
+  return np.asarray(tiny.logits(
+      CONFIG, base(), TOKENS, positions, np.ones_like(positions), tree))
+
+
+def write(folder, config, tree):
+  peft_export.write(
+      folder, tree, peft_export.peft_config(config, tree, PATHS), PATHS)
+
+
+def read(folder):
+  return peft_export.read(
+      folder, PATHS, modules.shapes(CONFIG),
+      geometry=modules.geometry(CONFIG))
+
+
+def tensors(folder):
+  return safetensors.numpy.load_file(folder / peft_export.WEIGHTS)
+
+
+def check(config, tmp_path):
+  """PEFT reads ours, we read PEFT's, and save it again byte for byte.
+
+  Args:
+    config: an adapter block.
+    tmp_path: an empty folder.
+
+  Returns:
+    What was read, and PEFT's tensors.
+  """
+  peft = pytest.importorskip("peft")
+  torch = pytest.importorskip("torch")
+  tree = build(config)
+  write(tmp_path / "ours", config, tree)
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    model = peft.PeftModel.from_pretrained(
+        torch_model(), str(tmp_path / "ours"))
+    assert tiny.distance(logits(tree), logits(None)) > 1e-3
+    assert tiny.distance(
+        logits(tree), tiny.torch_logits(model.eval(), TOKENS)) <= 2e-5
+    theirs = peft.PeftConfig.from_pretrained(str(tmp_path / "ours"))
+    theirs.inference_mode = False
+    torch.manual_seed(0)
+    model = peft.get_peft_model(torch_model(), theirs).eval()
+    with torch.no_grad():
+      for value in model.parameters():
+        if value.requires_grad:
+          value += 0.1 * torch.randn_like(value)
+    model.save_pretrained(str(tmp_path / "theirs"))
+    expected = tiny.torch_logits(model, TOKENS)
+  loaded = read(tmp_path / "theirs")
+  assert tiny.distance(logits(None), expected) > 1e-3
+  assert tiny.distance(logits(loaded.adapters), expected) <= 2e-5
+  peft_export.write(
+      tmp_path / "again", loaded.adapters, loaded.peft_config, PATHS)
+  first, second = tensors(tmp_path / "theirs"), tensors(tmp_path / "again")
+  assert {k: (v.dtype, v.tobytes()) for k, v in first.items()} == {
+      k: (v.dtype, v.tobytes()) for k, v in second.items()}
+  first_config, second_config = (
+      json.loads((tmp_path / name / peft_export.CONFIG).read_text())
+      for name in ("theirs", "again"))
+  assert first_config == second_config
+  return loaded, first
