@@ -220,7 +220,7 @@ def form(**requires: Any) -> method.Form:
 METHOD = method.Method(
     summary="h = x W0 + (alpha/r) x A B", paper="arXiv 2106.09685",
     adapter=LoRA, init=init, count="r * (i + o)", embeddings=True,
-    patterns=True, starts=True, zero_gradients=("a",), form=form(), vllm=True)
+    patterns=True, starts=None, zero_gradients=("a",), form=form(), vllm=True)
 RSLORA = dataclasses.replace(
     METHOD, summary="h = x W0 + (alpha/sqrt(r)) x A B",
     paper="arXiv 2312.03732",

@@ -131,7 +131,7 @@ class Method:
     scale: s of alpha, r and the options.
     ranked: whether `adapter.rank` means something.
     patterns: whether ranks may differ from layer to layer.
-    starts: whether `adapter.init` means something; see `starts`.
+    starts: what `adapter.init` may be but default; None is every start.
     embeddings: whether it can adapt `embed_tokens`.
     identity_at_init: whether the model is the base before the first step.
     mergeable: whether `merge` does.
@@ -160,7 +160,7 @@ class Method:
   scale: Callable[[float, int, Any], float] = by_rank
   ranked: bool = True
   patterns: bool = False
-  starts: bool = False
+  starts: tuple[str, ...] | None = ()
   embeddings: bool = False
   identity_at_init: bool = True
   mergeable: bool = True

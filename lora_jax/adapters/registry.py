@@ -117,8 +117,9 @@ def checked(config: config_lib.AdapterConfig) -> config_lib.AdapterConfig:
     errors.UsageError: for the first value that cannot be.
   """
   row = method(config.method)
-  if config.init != "default" and not row.starts:
-    able = ", ".join(name for name, row in METHODS.items() if row.starts)
+  if config.init != "default" and not _takes(row, config.init):
+    able = ", ".join(
+        name for name, row in METHODS.items() if _takes(row, config.init))
     raise errors.UsageError(
         f"adapter.init={config.init} is for {able}; leave it at default with "
         f"adapter.method={config.method}")
@@ -144,6 +145,10 @@ def rules(
     return ()
   rule = row.rule(checked(config), steps)
   return (rule if adapters is None else rule.bound(adapters),)
+
+
+def _takes(row: method_lib.Method, init: str) -> bool:
+  return row.starts is None or init in row.starts
 
 
 def count(

@@ -167,7 +167,8 @@ class Model:
           "base; load the model again for another adapter")
 
   def with_adapter(
-      self, folder: str | pathlib.Path, *, dropout: float | None = None
+      self, folder: str | pathlib.Path, *, dropout: float | None = None,
+      donate: bool = False
   ) -> Model:
     """With the adapter of a PEFT folder, or the parts of several.
 
@@ -175,6 +176,7 @@ class Model:
       folder: holds `adapter_config.json` and `adapter_model.safetensors`, or
         `hybrid.json` (`export.hybrid`).
       dropout: rate of further training; the folder's own by default.
+      donate: see `adapt`.
 
     Raises:
       errors.UserError: if it cannot be read, or belongs to another base.
@@ -202,8 +204,8 @@ class Model:
       config = dataclasses.replace(config, dropout=dropout).validate()
       text = peft.with_dropout(text, config)
     base = self.base
-    if config.start().decompose is not None:
-      base, tree = self._replaced(loaded, tree)
+    if config.start().replaces:
+      base, tree = self._replaced(loaded, tree, donate)
     found = self._with(base, adapters_lib.beside(tree, base), config, text, {})
     if loaded.replaced not in (None, found.replaced):
       raise errors.UserError(
@@ -213,17 +215,21 @@ class Model:
           "trained with, on the same kind of machine")
     return found
 
-  def _replaced(self, loaded, tree):
+  def _replaced(self, loaded, tree, donate):
     """(base, adapters with A0 and B0) from which a folder's training began."""
     self._check_whole()
-    start = loaded.config.start()
-    if loaded.replaced is None:
+    start, given = loaded.config.start(), None
+    if start.informed is not None:  # A0 and B0 are in the folder.
+      given = {name: (a.a0, a.b0) for name, a in tree.layers.items()}
+      given |= {name: (a.a0[None], a.b0[None]) for name, a in tree.outer.items()
+                if getattr(a, "a0", None) is not None}
+    elif loaded.replaced is None and start.options:
       # PEFT's randomised SVD draws from torch's generator: what it took out of
       # the base is known up to that draw. The exact SVD is the limit.
       start = adapters_lib.starts.choose("pissa")
     base, factors = adapters_lib.starts.replace(
         start, self.base, assemble.placements(tree),
-        load_lib.originals(self.source, self._whole))
+        load_lib.originals(self.source, self._whole), donate, given)
     return base, adapters_lib.starts.attached(tree, factors)
 
   def encode(
@@ -386,9 +392,10 @@ class Model:
 
     Adapters that started by replacing base weights (`adapters.starts`) need
     them replaced again when they are read: `with_adapter` does so, exactly;
-    PEFT does so for PiSSA on an unquantised base. Their *difference* is an
-    ordinary LoRA of twice the rank on the original weights. It computes what
-    was trained if the base is not quantised; if it is, what was trained
+    PEFT does so for PiSSA and OLoRA on an unquantised base. What a start made
+    of rows is in the folder, which is a difference for PEFT. The *difference*
+    is an ordinary LoRA of twice the rank on the original weights. It computes
+    what was trained if the base is not quantised; if it is, what was trained
     beside the quantised residual now stands beside the original weights, and
     differs by the residual's quantisation error. (`save_merged` is exact.)
 
@@ -404,15 +411,19 @@ class Model:
       return parts_lib.save(self, pathlib.Path(folder), difference)
     config = self.peft_config or peft.peft_config(
         self.adapter_config, self.adapters, self.paths, self.source)
-    tree, replaced = self.adapters, self.replaced
-    if difference and replaced is not None:
+    tree, replaced, began = self.adapters, self.replaced, None
+    if replaced is not None and not adapters_lib.starts.derived(
+        self.adapter_config.init):
+      began = {key: config[key] for key in difference_lib.BEGAN}
+    if replaced is not None and (difference or began):
       tree, config = difference_lib.convert(tree, config)
-      replaced = None
+    if difference:
+      replaced = began = None
     peft.write(
         pathlib.Path(folder), tree, config, self.paths, self.fingerprint,
         hf.fused_modules(self.config), replaced,
         whole.tables(tree, self.base) if self.resized else None,
-        self.tokenizer if self.new_tokens else None)
+        self.tokenizer if self.new_tokens else None, began)
 
   @property
   def mergeable(self) -> tuple[str, ...]:

@@ -17,6 +17,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FINGERPRINT = "lora_jax.base"
 # Of the base weights that the start of an adapter replaced; see `starts`.
 REPLACED = "lora_jax.replaced"
+# Of an adapter that is written as its difference from its start: what of its
+# config was changed to that end, as JSON; see `difference`.
+BEGAN = "lora_jax.began"
 # Key of a config that PEFT does not know: the adapter block itself.
 OWN = "lora_jax"
 # Initialisations after which the folder needs no other base weights.
