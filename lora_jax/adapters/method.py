@@ -139,7 +139,8 @@ class Method:
       `(i, o)` by adapted target.
     count_shared: trainable parameters of it, an expression of r, the options
       and the letters.
-    rule: `(config, steps) -> Rule`, of methods with a say in training.
+    rule: `(config, steps) -> Rule`, of methods with a say in training; None
+      where the config's options have none.
     form: in PEFT's files; None where PEFT has no counterpart.
     vllm: whether vLLM serves it.
     build: for methods without adapters: `(base) -> (base, adapters)`.
@@ -165,7 +166,7 @@ class Method:
   zero_gradients: tuple[str, ...] = ()
   share: Callable[..., Any] | None = None
   count_shared: str = ""
-  rule: Callable[..., Rule] | None = None
+  rule: Callable[..., Rule | None] | None = None
   form: Form | None = None
   vllm: bool = False
   build: Callable | None = None
