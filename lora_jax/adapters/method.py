@@ -141,7 +141,8 @@ class Method:
     count_shared: trainable parameters of it, an expression of r, the options
       and the letters.
     samples: whether it is random in training, with or without dropout.
-    rule: `(config, steps) -> Rule`, of methods with a say in training.
+    rule: `(config, steps) -> Rule`, of methods with a say in training; None
+      where the config's options have none.
     form: in PEFT's files; None where PEFT has no counterpart.
     vllm: whether vLLM serves it.
     build: for methods without adapters: `(base) -> (base, adapters)`.
@@ -168,7 +169,7 @@ class Method:
   share: Callable[..., Any] | None = None
   count_shared: str = ""
   samples: bool = False
-  rule: Callable[..., Rule] | None = None
+  rule: Callable[..., Rule | None] | None = None
   form: Form | None = None
   vllm: bool = False
   build: Callable | None = None

@@ -144,6 +144,8 @@ def rules(
   if row.rule is None:
     return ()
   rule = row.rule(checked(config), steps)
+  if rule is None:
+    return ()
   return (rule if adapters is None else rule.bound(adapters),)
 
 
