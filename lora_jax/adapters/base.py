@@ -368,7 +368,8 @@ class Adapters:
   """Everything a run trains, beside the frozen base.
 
   Attributes:
-    layers: adapters of the scanned layers by target name, leaves `[l, ...]`.
+    layers: adapters of the scanned layers by target name, leaves `[l, ...]`,
+      or `runs.Runs` of several such stacks; `partition.module` takes one out.
     outer: adapters of `embed_tokens`, `norm` and `lm_head`, and `prompt`.
     overrides: a partial base tree; its leaves are trained in place of the
       base's (full fine-tuning; `None` for methods that override nothing).

@@ -105,7 +105,8 @@ def generate(
   ahead = virtual.ids(adapters_lib.virtual_tokens(adapters)).tolist()
   prompts = [ahead + list(prompt) for prompt in prompts]
   dtype = jnp.dtype(dtype).name
-  base, adapters = decoding.prepared(base, adapters, dtype, mesh)
+  base, adapters = decoding.prepared(
+      base, adapters, dtype, mesh, model.layer_order)
   n, b = len(prompts), bucket(len(prompts), 1)
   lengths, limits, numbers = np.zeros((3, b), np.int32)
   lengths[:n] = [len(p) for p in prompts]

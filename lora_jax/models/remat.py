@@ -31,7 +31,8 @@ USED = "used"
 def _all_but_used(primitive, *unused, **parameters) -> bool:
   if primitive.name == "name":
     return parameters["name"] != USED
-  return primitive.name != "sharding_constraint"
+  # A layer that is read out of a stack is a slice.
+  return primitive.name not in ("sharding_constraint", "dynamic_slice")
 
 
 POLICIES: dict[str, Any] = {
