@@ -50,6 +50,9 @@ def get_config() -> config_dict.ConfigDict:
   # ("q_proj,v_proj"), or a regex.
   config.adapter.targets = "auto"
   config.adapter.layers = ""  # "0-7,20"; empty is all
+  # A deeper model out of the same weights: "0-4,2-5" runs layers 0 1 2 3 2 3 4,
+  # each with adapters of its own (LoRA's kind).
+  config.adapter.layer_replication = ""
   # Ranks and alphas of some modules: "v_proj=32,layers.0.mlp.up_proj=4", a
   # module's name, the end of its path, or a regex without a comma.
   config.adapter.rank_pattern = ""

@@ -174,7 +174,7 @@ def build(
   outer |= tokens.build(tree, indices, [*outer, *config.modules_to_save])
   return tree, partition.beside(base.Adapters(
       layers=layers, outer=outer, shared=shared, overrides=saved.overrides(
-          tree, config.modules_to_save, placed)), tree, order)
+          tree, config.modules_to_save, placed, bool(order))), tree, order)
 
 
 def cuts(

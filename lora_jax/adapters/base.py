@@ -19,7 +19,7 @@ Nothing is intercepted. Every place of a model asks the adapter that it is given
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from typing import Any, ClassVar, Self
 
@@ -273,6 +273,11 @@ class Adapter:
   def difference(self) -> Adapter:
     """This adapter on the base before `starts` changed it; see `LoRA`."""
     return self
+
+  def resized(self, kept: Sequence[int], width: int) -> Self:
+    """One unstacked module with these of its ranks, in this order, padded to
+    `width`; see `resize`."""
+    raise TypeError(f"{type(self).__name__} has no ranks to choose from")
 
   def inert(self) -> Self:
     """One of the same shapes that does nothing."""

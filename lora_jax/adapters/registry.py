@@ -54,7 +54,19 @@ def checked(config: config_lib.AdapterConfig) -> config_lib.AdapterConfig:
   Raises:
     errors.UsageError: for the first value that cannot be.
   """
-  return config.validate(method(config.method).options)
+  row = method(config.method)
+  config = config.validate(row.options)
+  if not config.layer_replication:
+    return config
+  if row.form is None or row.form.peft_type != "LORA":
+    raise errors.UsageError(
+        f"adapter.layer_replication: adapter.method={config.method} is not of "
+        "LoRA's kind, which alone has it in PEFT; leave it empty, or use lora")
+  if config.start().decompose is not None:
+    raise errors.UsageError(
+        f"adapter.layer_replication: adapter.init={config.init} replaces each "
+        "layer's weights, which repetitions share; use adapter.init=default")
+  return config
 
 
 def count(

@@ -17,6 +17,7 @@ from lora_jax import mesh as mesh_lib
 from lora_jax import types
 from lora_jax.adapters import assemble
 from lora_jax.adapters import base as base_lib
+from lora_jax.adapters import depth
 from lora_jax.data import dataset as dataset_lib
 from lora_jax.data import formats
 from lora_jax.data import pipeline
@@ -106,6 +107,7 @@ class Model:
     """
     config = config or adapters_lib.AdapterConfig(**fields)
     self._check_whole()
+    model = self._replicated(config.layer_replication)
     if config.trainable_token_indices == "new":
       if not self.new_tokens:
         raise errors.UsageError(
@@ -114,16 +116,23 @@ class Model:
       config = dataclasses.replace(
           config, trainable_token_indices=self.new_tokens)
     base, tree = adapters_lib.build(
-        jax.random.key(seed), config, self.base, self.paths,
+        jax.random.key(seed), config, self.base, model.paths,
         load_lib.originals(self.source, self._whole), donate,
-        modules.geometry(self.config))
-    return self._with(base, tree, config, None)
+        modules.geometry(model.config), order=model.config.layer_order)
+    return model._with(base, tree, config, None)
+
+  def _replicated(self, replication):
+    """The deeper model that `adapter.layer_replication` asks for."""
+    if self.config.layer_order:
+      raise errors.UsageError(
+          "adapter.layer_replication has changed this model's layers; load "
+          "the model again for another adapter")
+    return dataclasses.replace(self, config=self.config.replicated(
+        depth.order(replication, self.config.n_layers)))
 
   def _with(self, base, tree, config, text):
     """With these adapters, and a base that their start may have changed."""
-    taken = {name: (a.a0, a.b0)
-             for name, a in (tree.layers | tree.outer).items()
-             if getattr(a, "a0", None) is not None}
+    taken = adapters_lib.starts.taken(tree)
     replaced = None
     if taken:
       base = self._place(base)
@@ -150,9 +159,10 @@ class Model:
     Raises:
       errors.UserError: if it cannot be read, or belongs to another base.
     """
+    model = self._replicated(peft.replication(pathlib.Path(folder)))
     loaded = peft.read(
-        pathlib.Path(folder), self.paths, modules.shapes(self.config),
-        hf.fused_modules(self.config), modules.geometry(self.config))
+        pathlib.Path(folder), model.paths, modules.shapes(model.config),
+        hf.fused_modules(model.config), modules.geometry(model.config))
     if loaded.fingerprint not in (None, self.fingerprint):
       raise errors.UserError(
           f"{folder}: the adapter was trained on a base with fingerprint "
@@ -160,7 +170,7 @@ class Model:
           f"{self.fingerprint[:12]}; give the model it was trained on")
     tree, config, text = loaded.adapters, loaded.config, loaded.peft_config
     targets, overrides = whole.overrides(
-        self.config, self.base, text.get("modules_to_save") or (),
+        model.config, self.base, text.get("modules_to_save") or (),
         loaded.saved, str(folder))
     tree = dataclasses.replace(tree, overrides=overrides)
     config = dataclasses.replace(config, modules_to_save=targets)
@@ -171,7 +181,8 @@ class Model:
     base = self.base
     if config.start().decompose is not None:
       base, tree = self._replaced(loaded, tree)
-    found = self._with(base, adapters_lib.beside(tree, base), config, text)
+    tree = adapters_lib.beside(tree, base, model.config.layer_order)
+    found = model._with(base, tree, config, text)
     if loaded.replaced not in (None, found.replaced):
       raise errors.UserError(
           f"{folder}: the adapter was trained beside base weights with digest "

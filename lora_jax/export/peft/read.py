@@ -16,6 +16,7 @@ from lora_jax import errors
 from lora_jax.adapters import assemble
 from lora_jax.adapters import base as base_lib
 from lora_jax.adapters import config as config_lib
+from lora_jax.adapters import depth as depth_lib
 from lora_jax.adapters import method as method_lib
 from lora_jax.adapters import registry
 from lora_jax.adapters import runs
@@ -85,6 +86,7 @@ def read(
   name, row = names_lib.method_of(config, str(place))
   form = row.form if names_lib.OWN not in config else None
   block = _block(config, name, form, place)
+  _check_depth(block, paths, place)
   named, metadata = _read_tensors(folder)
   replaced = metadata.get(names_lib.REPLACED)
   if form is not None and form.peft_type == "LORA":
@@ -294,6 +296,26 @@ class _Reader:
         f"{self._file}: tensor {name} belongs to no module of this "
         f"model{errors.nearest(stem, known)}; the adapter was made for another "
         "base")
+
+
+def replication(folder: pathlib.Path) -> tuple[tuple[int, int], ...]:
+  """`layer_replication` of a folder, for whose model `read` is."""
+  place = folder / names_lib.CONFIG
+  config = _read_config(place)
+  name, row = names_lib.method_of(config, str(place))
+  form = row.form if names_lib.OWN not in config else None
+  return _block(config, name, form, place).layer_replication  # type: ignore
+
+
+def _check_depth(block, paths, place) -> None:
+  wanted = sum(stop - start for start, stop in depth_lib.ranges(
+      block.layer_replication))
+  depth = max(map(len, paths.values()))
+  if wanted and wanted != depth:
+    raise errors.UserError(
+        f"{place}: layer_replication={block.layer_replication} makes a model "
+        f"of {wanted} layers, this one has {depth}; the adapter was made for "
+        "another base")
 
 
 def _read_config(path) -> dict[str, Any]:
