@@ -1,9 +1,9 @@
 """Runs of layers: adapters whose ranks differ widely, in several stacks.
 
 A target's adapters are one stack over all layers, padded to its largest rank.
-Where that would be twice what they need, or layers at either end are not
-adapted at all, the layers are cut into a few runs, at the same places for all
-targets, and the model is scanned run by run:
+Where that would be more than twice what they need, or many layers at either
+end are not adapted at all, the layers are cut into a few runs, at the same
+places for all targets, and the model is scanned run by run:
 
   ranks 4 4 4 64 64   "q_proj": Runs((LoRA [3, ...], LoRA [2, ...]), (3, 5))
   ranks 0 0 0  8  8   "q_proj": Runs((None,          LoRA [2, ...]), (3, 5))
@@ -25,10 +25,11 @@ from lora_jax import types
 
 # At most so many runs: each is a program of its own to compile.
 MOST = 4
-# Layers are cut where one stack is more than so many times what is needed,
-WASTE = 2.0
-# or so large a part of them, at both ends, is not adapted.
+# Layers at the start or the end that nothing adapts are a run of their own if
+# they are such a part of the model.
 IDLE = 0.25
+# The others are cut where one stack is more than so many times what is needed.
+WASTE = 2.0
 # Fewer runs are taken if their stacks are no larger than this times the best.
 NEAR = 1.25
 
@@ -62,25 +63,41 @@ def plan(
     weights: what a rank costs, i + o of a projection, by target.
   """
   table = np.asarray([ranks[name] for name in ranks], np.int64)
-  if not table.any():
-    return (table.shape[-1],)
-  depth = table.shape[1]
   weight = np.asarray([weights[name] for name in ranks], np.float64)
+  depth = table.shape[1]
+  adapted = np.flatnonzero(table.any(0))
+  if not adapted.size:
+    return (depth,)
+  first, last = adapted[0], adapted[-1] + 1
+  first = int(first) if first >= IDLE * depth else 0
+  last = int(last) if depth - last >= IDLE * depth else depth
+  most = MOST - (first > 0) - (last < depth)
+  inner = _cheapest(table[:, first:last], weight, most)
+  return (*[first] * (first > 0), *(first + end for end in inner),
+          *[depth] * (last < depth))
+
+
+def _cheapest(table, weight, most: int) -> tuple[int, ...]:
+  """The ends of at most `most` runs of layers.
+
+  Args:
+    table: ranks `[targets, l]`.
+    weight: of a rank, `[targets]`.
+    most: at least 1.
+  """
+  depth = table.shape[1]
   # Of the stacks of a run [start, stop), padded.
   cost = np.full((depth, depth + 1), np.inf)
   for start in range(depth):
     widest = np.maximum.accumulate(table[:, start:], axis=1)
     cost[start, start + 1:] = (weight @ widest) * np.arange(
         1, depth - start + 1)
-  adapted = np.flatnonzero(table.any(0))
-  idle = depth - 1 - adapted[-1] + adapted[0]
-  if (cost[0, depth] <= WASTE * (weight @ table.sum(1))
-      and idle < IDLE * depth):
+  if cost[0, depth] <= WASTE * (weight @ table.sum(1)):
     return (depth,)
   # best[n][stop]: the least of n + 1 runs that end there, and their ends.
   best: list[list[tuple[float, tuple[int, ...]]]]
   best = [[(cost[0, stop], (stop,)) for stop in range(depth + 1)]]
-  for _ in range(1, min(MOST, depth)):
+  for _ in range(1, min(most, depth)):
     before = best[-1]
     best.append([min(
         [before[stop], *((before[cut][0] + cost[cut, stop],

@@ -31,8 +31,9 @@ USED = "used"
 def _all_but_used(primitive, *unused, **parameters) -> bool:
   if primitive.name == "name":
     return parameters["name"] != USED
-  # A layer that is read out of a stack is a slice.
-  return primitive.name not in ("sharding_constraint", "dynamic_slice")
+  # The last two are how a layer is read out of a stack.
+  return primitive.name not in (
+      "sharding_constraint", "dynamic_slice", "squeeze")
 
 
 POLICIES: dict[str, Any] = {
