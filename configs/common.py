@@ -170,6 +170,9 @@ def adapter(**fields) -> config_dict.ConfigDict:
   # ("q_proj,v_proj"), or a regex.
   block.targets = "auto"
   block.layers = ""  # "0-7,20"; empty is all
+  # A deeper model out of the same weights: "0-4,2-5" runs layers 0 1 2 3 2 3 4,
+  # each with adapters of its own (LoRA's kind).
+  block.layer_replication = ""
   # Ranks and alphas of some modules: "v_proj=32,layers.0.mlp.up_proj=4", a
   # module's name, the end of its path, or a regex without a comma.
   block.rank_pattern = ""

@@ -123,7 +123,20 @@ def checked(config: config_lib.AdapterConfig) -> config_lib.AdapterConfig:
     raise errors.UsageError(
         f"adapter.init={config.init} is for {able}; leave it at default with "
         f"adapter.method={config.method}")
-  return config.validate(row.options)
+  config = config.validate(row.options)
+  if not config.layer_replication:
+    return config
+  if row.form is None or row.form.peft_type != "LORA":
+    raise errors.UsageError(
+        f"adapter.layer_replication: adapter.method={config.method} is not of "
+        "LoRA's kind, which alone has it in PEFT; leave it empty, or use lora")
+  start = config.start()
+  if start.replaces or start.informed is not None:
+    raise errors.UsageError(
+        f"adapter.layer_replication: adapter.init={config.init} is made of "
+        "each layer's weights, which repetitions share; use "
+        "adapter.init=default")
+  return config
 
 
 def rules(

@@ -17,6 +17,7 @@ from lora_jax import mesh as mesh_lib
 from lora_jax import types
 from lora_jax.adapters import assemble
 from lora_jax.adapters import base as base_lib
+from lora_jax.adapters import depth
 from lora_jax.adapters import hybrid
 from lora_jax.api import parts as parts_lib
 from lora_jax.api import settings as settings_lib
@@ -134,11 +135,22 @@ class Model:
               dtype=self.dtype, remat="full", mesh=self.mesh,
               attention=self._attention("single"), offload=self.offload),
           originals=originals)
+    model = self._replicated(parts_lib.replication(configs))
     base, tree = adapters_lib.build(
         jax.random.key(seed), configs if name else configs[name], self.base,
-        self.paths, originals, donate, modules.geometry(self.config), stats)
-    return self._with(base, tree, configs[name], None, {
+        model.paths, originals, donate, modules.geometry(model.config), stats,
+        model.config.layer_order)
+    return model._with(base, tree, configs[name], None, {
         n: parts_lib.Part(one) for n, one in configs.items() if n})
+
+  def _replicated(self, replication):
+    """The deeper model that `adapter.layer_replication` asks for."""
+    if self.config.layer_order:
+      raise errors.UsageError(
+          "adapter.layer_replication has changed this model's layers; load "
+          "the model again for another adapter")
+    return dataclasses.replace(self, config=self.config.replicated(
+        depth.order(replication, self.config.n_layers)))
 
   def _some(self, rows, number, batch_size, seed):
     """The first batches of an epoch, one example a row, on the devices."""
@@ -185,9 +197,10 @@ class Model:
     names = hybrid_export.order(folder)
     if names is not None:
       return parts_lib.read(self, folder, names, dropout)
+    model = self._replicated(peft.replication(folder))
     loaded = peft.read(
-        folder, self.paths, modules.shapes(self.config),
-        hf.fused_modules(self.config), modules.geometry(self.config))
+        folder, model.paths, modules.shapes(model.config),
+        hf.fused_modules(model.config), modules.geometry(model.config))
     if loaded.fingerprint not in (None, self.fingerprint):
       raise errors.UserError(
           f"{folder}: the adapter was trained on a base with fingerprint "
@@ -195,7 +208,7 @@ class Model:
           f"{self.fingerprint[:12]}; give the model it was trained on")
     tree, config, text = loaded.adapters, loaded.config, loaded.peft_config
     targets, overrides = whole.overrides(
-        self.config, self.base, text.get("modules_to_save") or (),
+        model.config, self.base, text.get("modules_to_save") or (),
         loaded.saved, str(folder))
     tree = dataclasses.replace(tree, overrides=overrides)
     config = dataclasses.replace(config, modules_to_save=targets)
@@ -206,7 +219,8 @@ class Model:
     base = self.base
     if config.start().replaces:
       base, tree = self._replaced(loaded, tree, donate)
-    found = self._with(base, adapters_lib.beside(tree, base), config, text, {})
+    tree = adapters_lib.beside(tree, base, model.config.layer_order)
+    found = model._with(base, tree, config, text, {})
     if loaded.replaced not in (None, found.replaced):
       raise errors.UserError(
           f"{folder}: the adapter was trained beside base weights with digest "

@@ -62,6 +62,20 @@ def configs(
   return found
 
 
+def replication(configs: Mapping[str, adapters_lib.AdapterConfig]) -> Any:
+  """`adapter.layer_replication`, of a model with one method.
+
+  Raises:
+    errors.UsageError: if one of several parts asks for it.
+  """
+  found = [c.layer_replication for c in configs.values() if c.layer_replication]
+  if found and len(configs) > 1:
+    raise errors.UsageError(
+        f"adapter.layer_replication={found[0]}: a model with several methods "
+        "keeps its layers; leave it empty, or use one method")
+  return found[0] if found else next(iter(configs.values())).layer_replication
+
+
 def taken(
     tree: adapters_lib.Adapters, parts: Mapping[str, Part]
 ) -> dict[str, tuple[Any, Any]]:
@@ -71,9 +85,7 @@ def taken(
   """
   names = list(parts)
   own = several.apart(tree, names)[names[0]] if names else tree
-  return {name: (one.a0, one.b0)
-          for name, one in (own.layers | own.outer).items()
-          if getattr(one, "a0", None) is not None}
+  return adapters_lib.starts.taken(own)
 
 
 def apart(model: model_lib.Model) -> dict[str, model_lib.Model]:

@@ -22,6 +22,7 @@ import numpy as np
 
 from lora_jax import mesh as mesh_lib
 from lora_jax.adapters import base as base_lib
+from lora_jax.adapters import runs
 
 # Keys of `adapter_config.json` that `convert` changes.
 BEGAN = ("init_lora_weights", "r", "lora_alpha", "rank_pattern",
@@ -44,7 +45,8 @@ def convert(
     The same two, for `peft.write`.
   """
 
-  def each_layer(stack):
+  def each_layer(stack, *span):
+    del span
     layers = [jax.tree.map(lambda x, i=i: x[i], stack).difference()
               for i in range(len(stack.rank))]
     return jax.tree.map(lambda *x: np.stack(x), *layers)
@@ -52,7 +54,7 @@ def convert(
   host = jax.tree.map(mesh_lib.fetch, adapters)
   ratio = math.sqrt(2) if config.get("use_rslora") else 2
   return host.replace(
-      layers={k: each_layer(v) for k, v in host.layers.items()},
+      layers={k: runs.mapped(each_layer, v) for k, v in host.layers.items()},
       outer={k: v.difference() for k, v in host.outer.items()},
   ), {k: v for k, v in config.items() if k != "loftq_config"} | {
       "init_lora_weights": True,

@@ -14,6 +14,7 @@ import numpy as np
 from lora_jax import errors
 from lora_jax import mesh as mesh_lib
 from lora_jax import processes
+from lora_jax.adapters import assemble
 from lora_jax.adapters import base as base_lib
 from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import method as method_lib
@@ -198,6 +199,5 @@ def write(
 
 
 def _ranks(adapters) -> dict[str, list[int]]:
-  both = {**adapters.layers, **adapters.outer}
-  return {target: np.atleast_1d(np.asarray(a.rank)).tolist()
-          for target, a in both.items() if hasattr(a, "rank")}
+  return {target: placed.rank.tolist()
+          for target, placed in assemble.placements(adapters).items()}
