@@ -174,10 +174,16 @@ def adapter(**fields) -> config_dict.ConfigDict:
   # module's name, the end of its path, or a regex without a comma.
   block.rank_pattern = ""
   block.alpha_pattern = ""
-  # Where A and B start: default, gaussian, or taken out of the weights, which
-  # are replaced by what is left: pissa, pissa_niter_<n> (fast), loftq.
+  # Where A and B start: default, gaussian, orthogonal, or taken out of the
+  # weights, which are replaced by what is left: pissa, pissa_niter_<n> (fast),
+  # loftq, olora; or made of the first training rows as well: eva, corda,
+  # lora_ga.
   block.init = "default"
   block.loftq_iterations = 1
+  # Batches of rows that eva, corda and lora_ga look at, and what only they are
+  # told: "rho=2.0" (eva), "corda_method=kpm", "direction=ArBr" (lora_ga).
+  block.init_batches = 8
+  block.init_options = ""
   # Modules trained whole beside the adapters: "lm_head,norm,input_layernorm".
   block.modules_to_save = ""
   # Tokens whose embeddings are trained: "49152,49153", or new: add_tokens.

@@ -133,7 +133,8 @@ class Trial:
         self.params, dtype=self.model.dtype, rules=self.settings.rules)
 
   def step(self, state, batch, hyper, key):
-    return step_lib.train_step(
+    # Whoever compiles it gives the compiler's options: they are for the whole.
+    return step_lib.train_step.__wrapped__(
         state, self.frozen, self.model.base, batch, hyper, key,
         model=self.model.config, settings=self.settings)
 

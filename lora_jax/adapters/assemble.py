@@ -128,7 +128,7 @@ def build(
     donate: see `starts.replace`.
     geometry: the model's sizes; methods that adapt no projection need them.
     stats: (A, B) by target, stacked, that an informed start made of rows; see
-      `train.statistics`.
+      `train.statistics`; of several parts for the first.
 
   Returns:
     The base, perhaps with weights replaced or removed, and the adapters.
@@ -148,8 +148,8 @@ def build(
       # The first starts as it would alone.
       own = jax.random.fold_in(key, _digest(name)) if found else key
       tree, found[name] = _one(
-          own, part, tree, paths, originals, donate, geometry, stats,
-          several.joined(found) if found else None)
+          own, part, tree, paths, originals, donate, geometry,
+          None if found else stats, several.joined(found) if found else None)
   return tree, partition.beside(several.joined(found), tree)
 
 

@@ -42,7 +42,6 @@ class Bias(base.Adapter):
   def merge(self, weight):
     return quant.dequantize(weight, jnp.float32)
 
-
   def to_peft(self, embedding=False):
     return {"beft_bias": self.b[None]}
 

@@ -2,9 +2,11 @@
 
   h = ((x R_m ... R_1) W0) * s + bias,  R_j = P_j blockdiag(B_j1, ...) P_j'
 
-with B `[b, b]` the Cayley transform (I - Q) (I + Q)^-1 of the skew part of what
-is trained, P_j the permutation that brings the j-th butterfly's partners side
-by side, and s `[o]` scales of the outputs. B = I and s = 1 at init.
+with B_jk `[b, b]` the Cayley transform (I - Q) (I + Q)^-1 of the skew part of
+what is trained, P_j the permutation that brings the j-th butterfly's partners
+side by side, and s `[o]` scales of the outputs. B_jk = I and s = 1 at init.
+Dropout takes one of the factors in a step, and I for a share `rate` of its
+blocks.
 
 Hugging Face PEFT has one factor (m = 1) wherever its CUDA extension is
 missing, whatever its config says.
@@ -29,6 +31,7 @@ from lora_jax import types
 from lora_jax.adapters import base
 from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import method
+from lora_jax.adapters import noise as noise_lib
 from lora_jax.adapters import oft
 
 
@@ -78,19 +81,25 @@ class BOFT(base.Adapter):
 
     q: `[m, i / b, b, b]`; only its skew part counts.
     s: `[o]`.
+    rate: `[]`, of dropout.
     rank: `[]` int32, 0: not adapted.
   """
 
   q: types.Array = base.trained(None, None, None, None)
   s: types.Array = base.trained("out")
+  rate: types.Array = base.frozen()
   rank: types.Array = base.frozen()
 
-  def rotated(self, x: types.Array) -> jax.Array:
+  def rotated(
+      self, x: types.Array, noise: noise_lib.Noise | None = None
+  ) -> jax.Array:
     """x R_m ... R_1 `[..., i]`, in x's dtype."""
     m, n, b, _ = self.q.shape
     skew = 0.5 * (self.q - self.q.swapaxes(2, 3))
-    skew = self.active(skew, 0.0).reshape(m * n, b, b)
-    blocks = oft._cayley(skew).reshape(m, n, b, b).astype(x.dtype)
+    skew = self.active(skew, 0.0)
+    if noise is not None:  # The Cayley transform of 0 is I.
+      skew = jnp.where(self._dropped(noise.key), 0.0, skew)
+    blocks = oft.cayley(skew).astype(x.dtype)
     for factor in reversed(range(m)):
       order = permutation(n * b, n // 2**factor, b // 2, m > 1)
       z = x[..., np.argsort(order)].reshape(*x.shape[:-1], n, b)
@@ -98,9 +107,16 @@ class BOFT(base.Adapter):
       x = z.reshape(x.shape)[..., order]
     return x
 
+  def _dropped(self, key):
+    """Which blocks are, `[m, n, 1, 1]`."""
+    m, n = self.q.shape[:2]
+    factor, order = jax.random.split(key)
+    chosen = jnp.arange(m) == jax.random.randint(factor, (), 0, m)
+    blocks = jax.random.permutation(order, n) < jnp.floor(self.rate * n)
+    return (chosen[:, None] & blocks)[..., None, None]
+
   def apply(self, x, weight, noise=None):
-    del noise
-    y = quant.matmul(self.rotated(x), weight)
+    y = quant.matmul(self.rotated(x, noise), weight)
     s = self.active(self.s, 1.0)
     return (s * y.astype(jnp.float32)).astype(y.dtype)
 
@@ -117,7 +133,7 @@ class BOFT(base.Adapter):
   def from_peft(cls, tensors, slot):
     return cls(q=jnp.asarray(tensors["boft_R"], jnp.float32),
                s=jnp.asarray(tensors["boft_s"], jnp.float32)[:, 0],
-               rank=slot.rank)
+               **slot.values("rate", "rank"))
 
 
 def permutation(size: int, blocks: int, half: int, wanted: bool) -> np.ndarray:
@@ -141,20 +157,22 @@ def init(key, weight, slot, shared=None):
   b = slot.options.block(i)
   return BOFT(
       q=jnp.zeros((slot.options.factors, i // b, b, b), jnp.float32),
-      s=jnp.ones(o, jnp.float32), rank=slot.rank)
+      s=jnp.ones(o, jnp.float32), **slot.values("rate", "rank"))
 
 
 def _config(config: config_lib.AdapterConfig) -> dict[str, Any]:
   o = config.options
   return {"boft_block_size": o.block_size, "boft_block_num": o.blocks,
-          "boft_n_butterfly_factor": o.factors, "boft_dropout": 0.0,
-          "bias": "none", "fan_in_fan_out": False, "init_weights": True}
+          "boft_n_butterfly_factor": o.factors,
+          "boft_dropout": float(config.dropout), "bias": "none",
+          "fan_in_fan_out": False, "init_weights": True}
 
 
 def _block(config: Mapping[str, Any]) -> dict[str, Any]:
   names = {"block_size": "boft_block_size", "blocks": "boft_block_num",
            "factors": "boft_n_butterfly_factor"}
-  return {"options": {ours: config[theirs] for ours, theirs in names.items()
+  return {"dropout": float(config.get("boft_dropout") or 0.0),
+          "options": {ours: config[theirs] for ours, theirs in names.items()
                       if theirs in config}}
 
 
@@ -164,5 +182,4 @@ METHOD = method.Method(
     count="factors * i * options.block(i) + o", options=Options, ranked=False,
     form=method.Form(
         peft_type="BOFT", config=_config, block=_block, neutral={
-            "bias": ("none",), "fan_in_fan_out": (False,),
-            "boft_dropout": (0, 0.0)}))
+            "bias": ("none",), "fan_in_fan_out": (False,)}))

@@ -9,18 +9,23 @@ h = x W0. The chain is one product of rank r: with unit u_j in the columns of U,
 
 (the compact WY form), so that x is passed over once and not r times.
 
+With `gram_schmidt` the u_j are made orthonormal in turn, and T = 2 I. No such
+chain is the identity, nor is one of an odd r: both start, as in PEFT, at random
+reflections. (PEFT starts those of an even r as pairs in this case, too, and
+divides what rounding left of the second of each by its norm.)
+
 Trainable parameters: r i a matrix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax import errors
 from lora_jax import quant
 from lora_jax import struct
 from lora_jax import types
@@ -30,21 +35,35 @@ from lora_jax.adapters import method
 from lora_jax.adapters import pieces
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Attributes:
+
+    gram_schmidt: whether the u_j are made orthonormal.
+  """
+
+  gram_schmidt: bool = False
+
+
 @struct.dataclass
 class HRA(base.Adapter):
   """Attributes:
 
     u: `[i, r]`.
     rank: `[]` int32, 0: not adapted.
+    gram_schmidt: see `Options`.
   """
 
   u: types.Array = base.trained("in", None)
   rank: types.Array = base.frozen()
+  gram_schmidt: bool = base.static(default=False)
 
   def _parts(self) -> tuple[jax.Array, jax.Array]:
     """U `[i, r]` and T' `[r, r]`; T' = 0 where the layer is not adapted."""
+    r = self.u.shape[1]
+    if self.gram_schmidt:  # But for signs, which do not matter.
+      return jnp.linalg.qr(self.u)[0], self.active(2 * jnp.eye(r), 0.0)
     unit = self.u / jnp.linalg.norm(self.u, axis=0)
-    r = unit.shape[1]
     gram = jnp.matmul(unit.T, unit, precision="highest")
     t = jax.scipy.linalg.solve_triangular(
         0.5 * jnp.eye(r) + jnp.triu(gram, 1), jnp.eye(r))
@@ -65,7 +84,8 @@ class HRA(base.Adapter):
 
   @classmethod
   def from_peft(cls, tensors, slot):
-    return cls(u=jnp.asarray(tensors["hra_u"], jnp.float32), rank=slot.rank)
+    return cls(u=jnp.asarray(tensors["hra_u"], jnp.float32), rank=slot.rank,
+               gram_schmidt=slot.options.gram_schmidt)
 
   @classmethod
   def peft_rank(cls, tensors):
@@ -73,33 +93,29 @@ class HRA(base.Adapter):
 
 
 def init(key, weight, slot, shared=None):
-  """The adapter of one module before the first step.
-
-  Raises:
-    errors.UsageError: if the rank is odd.
-  """
+  """The adapter of one module before the first step."""
   del shared
-  if slot.width % 2:
-    raise errors.UsageError(
-        f"adapter.rank={slot.width}: reflections that cancel come in pairs; "
-        "use an even rank for adapter.method=hra")
-  half = slot.width // 2
-  u = pieces.uniform(key, (weight.shape[-2], half), half)
-  return HRA(u=jnp.repeat(u, 2, axis=1), rank=slot.rank)
+  gram_schmidt = slot.options.gram_schmidt
+  same = 1 if gram_schmidt or slot.width % 2 else 2
+  drawn = slot.width // same
+  u = pieces.uniform(key, (weight.shape[-2], drawn), drawn)
+  return HRA(u=jnp.repeat(u, same, axis=1), rank=slot.rank,
+             gram_schmidt=gram_schmidt)
 
 
 def _config(config: config_lib.AdapterConfig) -> dict[str, Any]:
-  return {"r": config.rank, "apply_GS": False, "bias": "none",
-          "init_weights": True}
+  return {"r": config.rank, "apply_GS": config.options.gram_schmidt,
+          "bias": "none", "init_weights": True}
 
 
 def _block(config: Mapping[str, Any]) -> dict[str, Any]:
-  return {"rank": int(config["r"])}
+  return {"rank": int(config["r"]), "options": {
+      "gram_schmidt": bool(config.get("apply_GS"))}}
 
 
 METHOD = method.Method(
     summary="h = (x H_r ... H_1) W0, H_j reflections", paper="arXiv 2405.17484",
-    adapter=HRA, init=init, count="r * i",
+    adapter=HRA, init=init, count="r * i", options=Options,
     form=method.Form(
         peft_type="HRA", config=_config, block=_block,
-        neutral={"bias": ("none",), "apply_GS": (False,)}))
+        neutral={"bias": ("none",)}))

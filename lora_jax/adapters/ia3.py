@@ -10,19 +10,26 @@ Trainable parameters: o a matrix, i where the input is scaled.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import dataclasses
+import re
 from typing import Any
 
 import jax.numpy as jnp
 
+from lora_jax import errors
 from lora_jax import quant
 from lora_jax import struct
 from lora_jax import types
 from lora_jax.adapters import base
 from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import method
+from lora_jax.adapters import targets
 
+# Where a projection is, by target.
+PARENTS = {**dict.fromkeys(targets.ATTENTION, "self_attn"),
+           **dict.fromkeys(targets.MLP, "mlp")}
+MOST_LAYERS = 512
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -32,6 +39,12 @@ class Options:
   """
 
   feedforward: tuple[str, ...] = ("down_proj",)
+
+  def validate(self) -> None:
+    """Raises a `UsageError` if a target is none."""
+    for name in self.feedforward:
+      errors.choose("adapter.options.feedforward", name,
+                    PARENTS | {"lm_head": ""})
 
 
 @struct.dataclass
@@ -116,9 +129,28 @@ def _config(config: config_lib.AdapterConfig) -> dict[str, Any]:
 
 
 def _block(config: Mapping[str, Any]) -> dict[str, Any]:
-  names = config.get("feedforward_modules") or ()
-  return {"options": {"feedforward": tuple(
-      n.rpartition(".")[2] for n in names)}}
+  return {"options": {"feedforward": feedforward(
+      config.get("feedforward_modules") or ())}}
+
+
+def feedforward(modules: str | Iterable[str]) -> tuple[str, ...]:
+  """The targets that PEFT's `feedforward_modules` names in any layer.
+
+  A target of which it names only some layers has tensors of two shapes, which
+  the reader refuses.
+
+  Args:
+    modules: a regular expression for whole paths, or ends of paths.
+  """
+  def named(path):
+    if isinstance(modules, str):
+      return re.fullmatch(modules, path) is not None
+    return any(path.endswith(name) for name in modules)
+
+  paths = {name: [f"model.layers.{layer}.{parent}.{name}"
+                  for layer in range(MOST_LAYERS)]
+           for name, parent in PARENTS.items()} | {"lm_head": ["lm_head"]}
+  return tuple(name for name, group in paths.items() if any(map(named, group)))
 
 
 METHOD = method.Method(

@@ -190,6 +190,9 @@ def block(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # PEFT's options that change what is computed, and the values that do not.
+# Some are methods of which there is more than a projection: aLoRA asks where
+# its invocation tokens are, MonteCLoRA draws whole experts around A, VeLoRA
+# trains by inputs that it has compressed.
 NEUTRAL: dict[str, tuple] = {
     "bias": ("none",), "fan_in_fan_out": (False,), "lora_bias": (False,),
     "layer_replication": (None,), "use_qalora": (False,),
@@ -197,21 +200,27 @@ NEUTRAL: dict[str, tuple] = {
     "use_bdlora": (None, False),
     "megatron_config": (None,), "arrow_config": (None,),
     "velora_config": (None,), "kasa_config": (None,),
-    "monteclora_config": (None,),
+    "monteclora_config": (None,), "use_dora": (False,),
+    "use_rslora": (False,),
 }
+
+
+def neutral(*own: str) -> dict[str, tuple]:
+  """`NEUTRAL` of a relative of LoRA that has options of its own."""
+  return {name: values for name, values in NEUTRAL.items() if name not in own}
 
 
 def form(**requires: Any) -> method.Form:
   """LoRA's form in PEFT, told from its relatives by `requires`."""
   return method.Form(
       peft_type="LORA", config=lambda c: peft_config(c) | requires,
-      block=block, requires=requires, neutral=NEUTRAL)
+      block=block, requires=requires, neutral=neutral(*requires))
 
 
 METHOD = method.Method(
     summary="h = x W0 + (alpha/r) x A B", paper="arXiv 2106.09685",
     adapter=LoRA, init=init, count="r * (i + o)", embeddings=True,
-    patterns=True, starts=True, zero_gradients=("a",), form=form(), vllm=True)
+    patterns=True, starts=None, zero_gradients=("a",), form=form(), vllm=True)
 RSLORA = dataclasses.replace(
     METHOD, summary="h = x W0 + (alpha/sqrt(r)) x A B",
     paper="arXiv 2312.03732",

@@ -9,8 +9,9 @@ is a Neumann series of `terms` terms, nearly orthogonal and without a solve:
   R = I + 2 Q + 2 Q^2 + ... + Q^(terms - 1),   else R = (I - Q) (I + Q)^-1
 
 (the two have opposite signs of Q, in PEFT too). Constrained OFT keeps the norm
-of each Q_j below eps / sqrt(n), as a projection which the gradient does not
-see. No matrix `[i, i]` is made.
+of each Q_j within eps / sqrt(n), by a projection after each step of training;
+the gradient does not see it. No matrix `[i, i]` is made. There is no dropout:
+PEFT's `module_dropout` is applied nowhere, either.
 
 Trainable parameters: n b (b - 1) / 2 a matrix, n = i / b, or 1 if shared.
 """
@@ -23,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lora_jax import errors
 from lora_jax import quant
@@ -102,15 +104,12 @@ class OFT(base.Adapter):
   def rotations(self) -> jax.Array:
     """R_1, ..., R_n `[n, b, b]` float32."""
     b = self.options.block(self.rows)
-    upper = jnp.zeros((self.q.shape[0], b, b))
-    i, j = jnp.triu_indices(b, 1)
-    upper = upper.at[:, i, j].set(self.active(self.q, 0.0))
-    skew = upper - upper.swapaxes(1, 2)
+    q = self.active(self.q, 0.0)
     if self.options.coft:
-      skew = skew + jax.lax.stop_gradient(
-          _shortened(skew, self.options.eps) - skew)
-    found = (_neumann(skew, self.options.terms) if self.options.neumann
-             else _cayley(skew))
+      q = q + jax.lax.stop_gradient(shortened(q, self.options.eps) - q)
+    skew = skew_symmetric(q, b)
+    found = (neumann(skew, self.options.terms) if self.options.neumann
+             else cayley(skew))
     return jnp.broadcast_to(found, (self.rows // b, b, b))
 
   def rotated(self, x: types.Array) -> jax.Array:
@@ -138,14 +137,52 @@ class OFT(base.Adapter):
                rank=slot.rank, rows=slot.shape[0], options=slot.options)
 
 
-def _cayley(skew):
+@dataclasses.dataclass(frozen=True)
+class Constraint(method.Rule):
+  """Projects every constrained OFT after a step."""
+
+  def wrap(self, inner):
+    inner = optax.with_extra_args_support(inner)
+
+    def update(updates, state, params=None, **extra):
+      updates, state = inner.update(updates, state, params, **extra)
+
+      def within(change, old):
+        if not isinstance(change, OFT) or not change.options.coft:
+          return change
+        q = shortened(old.q + change.q, change.options.eps)
+        return dataclasses.replace(change, q=q - old.q)
+
+      return jax.tree.map(
+          within, updates, params,
+          is_leaf=lambda node: isinstance(node, OFT)), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def rule(config: config_lib.AdapterConfig, steps: int) -> method.Rule | None:
+  """What this adds to training."""
+  del steps
+  return Constraint() if config.options.coft else None
+
+
+def skew_symmetric(upper: types.Array, b: int) -> jax.Array:
+  """Q `[n, b, b]` of upper triangles `[n, b (b - 1) / 2]`."""
+  i, j = jnp.triu_indices(b, 1)
+  found = jnp.zeros((upper.shape[0], b, b)).at[:, i, j].set(upper)
+  return found - found.swapaxes(1, 2)
+
+
+def cayley(skew: types.Array) -> jax.Array:
+  """(I - Q) (I + Q)^-1 of skew-symmetric Q `[..., b, b]`."""
   eye = jnp.eye(skew.shape[-1])
   # X (I + Q) = I - Q.
-  return jnp.linalg.solve((eye + skew).swapaxes(1, 2),
-                          (eye - skew).swapaxes(1, 2)).swapaxes(1, 2)
+  return jnp.linalg.solve((eye + skew).swapaxes(-1, -2),
+                          (eye - skew).swapaxes(-1, -2)).swapaxes(-1, -2)
 
 
-def _neumann(skew, terms):
+def neumann(skew: types.Array, terms: int) -> jax.Array:
+  """The series for -Q, of as many terms; see above."""
   found = jnp.eye(skew.shape[-1]) + 2 * skew
   power, last = skew, 3 if terms == 3 else terms - 1  # PEFT's 3 are 4.
   for number in range(2, last + 1):
@@ -154,10 +191,12 @@ def _neumann(skew, terms):
   return found
 
 
-def _shortened(skew, eps):
-  limit = eps / skew.shape[0] ** 0.5
-  norm = jnp.sqrt(jnp.sum(jnp.square(skew), (1, 2), keepdims=True))
-  return skew * jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-30))
+def shortened(q: types.Array, eps: float) -> jax.Array:
+  """Upper triangles `[..., n, b (b - 1) / 2]` of which each Q_j has at most
+  the norm eps / sqrt(n)."""
+  limit = eps / q.shape[-2] ** 0.5
+  norm = jnp.sqrt(2 * jnp.sum(jnp.square(q), -1, keepdims=True))
+  return q * jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-30))
 
 
 def init(key, weight, slot, shared=None):
@@ -191,8 +230,7 @@ METHOD = method.Method(
     summary="h = (x R) W0, R block-diagonal and orthogonal",
     paper="arXiv 2306.07280", adapter=OFT, init=init,
     count="options.parameters(i)", options=Options, ranked=False,
-    tiny={"options": {"block_size": 8}},
+    rule=rule, tiny={"options": {"block_size": 8}},
     form=method.Form(
         peft_type="OFT", config=_config, block=_block, neutral={
-            "bias": ("none",), "fan_in_fan_out": (False,),
-            "module_dropout": (0, 0.0)}))
+            "bias": ("none",), "fan_in_fan_out": (False,)}))

@@ -13,6 +13,7 @@ from typing import Any
 from lora_jax import errors
 from lora_jax.adapters import adalora
 from lora_jax.adapters import base
+from lora_jax.adapters import bd_lora
 from lora_jax.adapters import bias
 from lora_jax.adapters import boft
 from lora_jax.adapters import bottleneck
@@ -28,12 +29,16 @@ from lora_jax.adapters import gralora
 from lora_jax.adapters import hira
 from lora_jax.adapters import hra
 from lora_jax.adapters import ia3
+from lora_jax.adapters import kasa
 from lora_jax.adapters import llama_adapter
 from lora_jax.adapters import loha
 from lora_jax.adapters import lokr
 from lora_jax.adapters import lora
+from lora_jax.adapters import lora_bias
+from lora_jax.adapters import lora_fa
 from lora_jax.adapters import method as method_lib
 from lora_jax.adapters import miss
+from lora_jax.adapters import mixture
 from lora_jax.adapters import multitask_prompt
 from lora_jax.adapters import norms
 from lora_jax.adapters import oft
@@ -41,6 +46,7 @@ from lora_jax.adapters import p_tuning
 from lora_jax.adapters import prefix
 from lora_jax.adapters import prompt
 from lora_jax.adapters import pvera
+from lora_jax.adapters import qa_lora
 from lora_jax.adapters import randlora
 from lora_jax.adapters import road
 from lora_jax.adapters import shira
@@ -54,14 +60,20 @@ METHODS: dict[str, method_lib.Method] = {
     "lora": lora.METHOD,
     "rslora": lora.RSLORA,
     "dora": dora.METHOD,
+    "lora_bias": lora_bias.METHOD,
+    "lora_fa": lora_fa.METHOD,
     "boft": boft.METHOD,
     "hra": hra.METHOD,
     "oft": oft.METHOD,
     "road": road.METHOD,
     "shira": shira.METHOD,
     "adalora": adalora.METHOD,
+    "kasa": kasa.METHOD,
+    "bd_lora": bd_lora.METHOD,
+    "qa_lora": qa_lora.METHOD,
     "vera": vera.METHOD,
     "pvera": pvera.METHOD,
+    "mixture": mixture.METHOD,
     "randlora": randlora.METHOD,
     "vblora": vblora.METHOD,
     "fourierft": fourierft.METHOD,
@@ -105,8 +117,9 @@ def checked(config: config_lib.AdapterConfig) -> config_lib.AdapterConfig:
     errors.UsageError: for the first value that cannot be.
   """
   row = method(config.method)
-  if config.init != "default" and not row.starts:
-    able = ", ".join(name for name, row in METHODS.items() if row.starts)
+  if config.init != "default" and not _takes(row, config.init):
+    able = ", ".join(
+        name for name, row in METHODS.items() if _takes(row, config.init))
     raise errors.UsageError(
         f"adapter.init={config.init} is for {able}; leave it at default with "
         f"adapter.method={config.method}")
@@ -131,7 +144,13 @@ def rules(
   if row.rule is None:
     return ()
   rule = row.rule(checked(config), steps)
+  if rule is None:
+    return ()
   return (rule if adapters is None else rule.bound(adapters),)
+
+
+def _takes(row: method_lib.Method, init: str) -> bool:
+  return row.starts is None or init in row.starts
 
 
 def count(

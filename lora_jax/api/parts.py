@@ -10,6 +10,7 @@ from typing import Any, TYPE_CHECKING
 from lora_jax import adapters as adapters_lib
 from lora_jax import errors
 from lora_jax import processes
+from lora_jax.adapters import hybrid
 from lora_jax.adapters import registry
 from lora_jax.adapters import several
 from lora_jax.export import folders
@@ -36,14 +37,43 @@ class Part:
   peft_config: dict[str, Any] | None = None
 
 
-def first(
+def configs(
+    given: hybrid.Configs, new_tokens: Sequence[int]
+) -> dict[str, adapters_lib.AdapterConfig]:
+  """Configs by the names of their parts; "" is the name of one alone.
+
+  Args:
+    given: see `Model.adapt`.
+    new_tokens: ids of what the first calls new.
+
+  Raises:
+    errors.UsageError: see `hybrid.by_name`; and if there are no new tokens.
+  """
+  found = ({"": given} if isinstance(given, adapters_lib.AdapterConfig)
+           else hybrid.by_name(given))
+  name, one = next(iter(found.items()))
+  if one.trainable_token_indices == "new":
+    if not new_tokens:
+      raise errors.UsageError(
+          'adapter.trainable_token_indices="new", but model.add_tokens names '
+          "none; give ids, or name tokens there")
+    found[name] = dataclasses.replace(
+        one, trainable_token_indices=tuple(new_tokens))
+  return found
+
+
+def taken(
     tree: adapters_lib.Adapters, parts: Mapping[str, Part]
-) -> adapters_lib.Adapters:
-  """The adapters of the first of several parts, or of the only one."""
-  if not parts:
-    return tree
+) -> dict[str, tuple[Any, Any]]:
+  """By place, the A and B that a start took out of the base's weights.
+
+  Of several parts only the first can have done so.
+  """
   names = list(parts)
-  return several.apart(tree, names)[names[0]]
+  own = several.apart(tree, names)[names[0]] if names else tree
+  return {name: (one.a0, one.b0)
+          for name, one in (own.layers | own.outer).items()
+          if getattr(one, "a0", None) is not None}
 
 
 def apart(model: model_lib.Model) -> dict[str, model_lib.Model]:

@@ -139,8 +139,8 @@ def layer(
         [None if noise is None else noise.for_target(name) for name in names],
         context.join, keep)
 
-  def one(x, name):
-    found, = project(x, name)
+  def one(x, name, noise=noise):
+    found, = project(x, name, noise=noise)
     return found
 
   block, mlp_block = adapters.get("self_attn"), adapters.get("mlp")
@@ -188,8 +188,10 @@ def layer(
     o = attention_lib.cached_attention(q, k, v, cached, *where, **how)
   if block is not None:
     scale = config.attn_scale
+    # What an adapter projects are no tokens, for which noise is drawn.
     o = block.attended(
-        q, o, one, config.head_dim ** -0.5 if scale is None else scale)
+        q, o, lambda x, name: one(x, name, None),
+        config.head_dim ** -0.5 if scale is None else scale)
   o = one(o.reshape(b, t, -1), "o_proj")
   if block is not None:
     o = block.residual(x, o, draw("self_attn"))

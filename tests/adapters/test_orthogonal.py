@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from lora_jax import adapters as adapters_lib
 from lora_jax import errors
 from lora_jax.adapters import base as base_lib
 from lora_jax.adapters import boft
 from lora_jax.adapters import hra
 from lora_jax.adapters import oft
+from lora_jax.adapters import registry
 from lora_jax.adapters import road
 from lora_jax.adapters import shira
 from tests.adapters import against
@@ -54,6 +59,8 @@ def test_constrained_oft_stays_within_eps():
 @pytest.mark.parametrize("options", [
     {"block_share": True}, {"use_cayley_neumann": False},
     {"num_cayley_neumann_terms": 3}, {"oft_block_size": 0, "r": 3},
+    {"coft": True, "eps": 0.5}, {"coft": True, "eps": 0.5, "block_share": True},
+    {"module_dropout": 0.5},  # Which PEFT applies nowhere.
     {"oft_block_size": 5}])  # 5 does not divide 12: it becomes 4.
 def test_oft_variants_are_those_of_peft(options):
   peft = pytest.importorskip("peft")
@@ -62,12 +69,58 @@ def test_oft_variants_are_those_of_peft(options):
   against.check("oft", config, 12, 8)
 
 
+def test_constrained_oft_is_trained_as_in_peft():
+  """Where PEFT projects before a product, ours does so after a step."""
+  peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+  config = peft.OFTConfig(
+      oft_block_size=4, coft=True, eps=0.3, target_modules=["q_proj"])
+  torch.manual_seed(0)
+  linear = torch.nn.Linear(12, 8, bias=False)
+  x, w = torch.randn(5, 12), linear.weight.detach().numpy().T.copy()
+  model = peft.get_peft_model(torch.nn.Sequential(
+      collections.OrderedDict(q_proj=linear)), config)
+  steps, rate = 6, 0.05
+  optimizer = torch.optim.SGD(
+      [p for p in model.parameters() if p.requires_grad], rate)
+  for _ in range(steps):
+    optimizer.zero_grad()
+    torch.sin(model(x)).sum().backward()
+    optimizer.step()
+  theirs = model(x).detach().numpy()
+
+  slot = against.slot("oft", config, 12, 8)
+  tree = base_lib.Adapters(outer={"q_proj": oft.init(None, w, slot)})
+  params, frozen = adapters_lib.split(tree)
+  rule, = registry.rules(adapters_lib.AdapterConfig(
+      method="oft", options=slot.options), steps, tree)
+  transform = rule.wrap(optax.sgd(rate))
+
+  def product(params):
+    return adapters_lib.join(params, frozen).outer["q_proj"].apply(
+        x.numpy(), w)
+
+  @jax.jit
+  def step(params, state):
+    grads = jax.grad(lambda p: jnp.sin(product(p)).sum())(params)
+    updates, state = transform.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  state = transform.init(params)
+  for _ in range(steps):
+    params, state = step(params, state)
+  np.testing.assert_allclose(product(params), theirs, atol=1e-5)
+  # The constraint binds, in every block.
+  norms = np.linalg.norm(params.outer["q_proj"].q, axis=1) * 2**0.5
+  np.testing.assert_allclose(norms, 0.3 / 3**0.5, rtol=1e-5)
+  assert registry.rules(adapters_lib.AdapterConfig(method="oft"), steps) == ()
+
+
 @pytest.mark.parametrize("factors", [1, 2, 3])
 def test_butterflies_by_hand(factors):
   i, o, b = 16, 5, 2
   options = boft.Options(block_size=b, factors=factors)
   q, s, w, x = normal(factors, 8, b, b), normal(o), normal(i, o), normal(3, i)
-  adapter = boft.BOFT(q, s, np.int32(1))
+  adapter = boft.BOFT(q, s, np.float32(0), np.int32(1))
   assert options.block(i) == b
   rotation = np.eye(i)
   for factor in range(factors):
@@ -83,6 +136,25 @@ def test_butterflies_by_hand(factors):
   expected = (x @ rotation @ w) * s
   np.testing.assert_allclose(adapter.apply(x, w), expected, atol=1e-4)
   np.testing.assert_allclose(x @ adapter.merge(w), expected, atol=1e-4)
+
+
+def test_dropout_leaves_out_blocks_of_one_butterfly():
+  """A share `rate` of one factor's blocks is I, as in PEFT."""
+  q = normal(3, 8, 2, 2)
+  adapter = boft.BOFT(q, normal(5), np.float32(0.3), np.int32(1))
+  seen = set()
+  for seed in range(8):
+    key = jax.random.key(seed)
+    dropped = np.asarray(adapter._dropped(key))[..., 0, 0]
+    assert sorted(dropped.sum(1)) == [0, 0, 2]  # floor(0.3 * 8).
+    seen.add(dropped.tobytes())
+    without = boft.BOFT(q * ~dropped[..., None, None], *(
+        adapter.s, adapter.rate, adapter.rank))
+    noise = adapters_lib.Noise(key, np.zeros((1, 3)), np.zeros((1, 3)))
+    x = normal(3, 16)
+    np.testing.assert_allclose(
+        adapter.rotated(x, noise), without.rotated(x), atol=1e-6)
+  assert len(seen) > 4
 
 
 def test_butterfly_permutations():
@@ -110,15 +182,28 @@ def test_reflections_one_by_one():
   for j in reversed(range(4)):
     unit = u[:, j] / np.linalg.norm(u[:, j])
     rotated = rotated - 2 * np.outer(rotated @ unit, unit)
-  adapter = hra.HRA(u, np.int32(4))
+  adapter = hra.HRA(u, np.int32(4), False)
   np.testing.assert_allclose(adapter.apply(x, w), rotated @ w, atol=1e-5)
   np.testing.assert_allclose(x @ adapter.merge(w), rotated @ w, atol=1e-5)
 
 
-def test_an_odd_number_of_reflections_is_refused():
-  slot = base_lib.Slot(np.int32(3), np.float32(1), np.float32(0), width=3)
-  with pytest.raises(errors.UsageError, match=r"adapter.rank=3.*even rank"):
-    hra.init(jax.random.key(0), normal(6, 5), slot)
+@pytest.mark.parametrize("options", [{"r": 3}, {"r": 4, "apply_GS": True}])
+def test_reflections_that_cannot_cancel_are_those_of_peft(options):
+  """They are not the base at the start."""
+  peft = pytest.importorskip("peft")
+  config = peft.HRAConfig(target_modules=["q_proj"], **options)
+  against.check("hra", config, 12, 8)
+  assert against.start_distance("hra", config, 12, 8) > 0.1
+
+
+def test_gram_schmidt_by_hand():
+  """u_1 = (3, 4), and u_2 becomes a multiple of (4, -3): what is left of
+  I - 2 (u_1 u_1' + u_2 u_2') is -I."""
+  u = np.float32([[3, 1], [4, 0], [0, 0]])
+  adapter = hra.HRA(u, np.int32(2), True)
+  x = np.float32([[1, 2, 3]])
+  np.testing.assert_allclose(
+      adapter.apply(x, np.eye(3, dtype=np.float32)), [[-1, -2, 3]], atol=1e-6)
 
 
 def test_a_quarter_turn():

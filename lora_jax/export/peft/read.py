@@ -20,6 +20,7 @@ from lora_jax.adapters import registry
 from lora_jax.adapters import starts
 from lora_jax.adapters import targets as targets_lib
 from lora_jax.adapters import tokens as tokens_lib
+from lora_jax.export import difference
 from lora_jax.export import fused as fused_lib
 from lora_jax.export import whole
 from lora_jax.export.peft import names as names_lib
@@ -89,11 +90,12 @@ def read(
     init = config.get("init_lora_weights", True)
     # PEFT's LoftQ quantises otherwise.
     if (init == "loftq" and replaced is None) or (
-        init not in names_lib.PLAIN_INITS and not starts.replaces(init)):
+        init not in names_lib.PLAIN_INITS and not starts.derived(init)):
       raise _changed_base(config, place)
     named, config = fused_lib.split(
         named, config, fused or {}, paths, metadata,
         str(folder / names_lib.WEIGHTS))
+    config |= json.loads(metadata.get(names_lib.BEGAN, "{}"))
     block = _block(config, name, form, place)
   tied = "lm_head" not in paths
   bare = {n.removeprefix(names_lib.PREFIX): x for n, x in named.items()}
@@ -104,6 +106,11 @@ def read(
   reader = _Reader(folder, row, block, paths, shapes, geometry)
   if form is not None and form.adapters is not None:
     tree = reader.by_name(rest, form)
+  elif names_lib.BEGAN in metadata:
+    rest, then = difference.halves(rest)
+    tree = difference.rejoined(
+        reader.by_module(rest, outer, form),
+        reader.by_module(then, outer, form))
   else:
     tree = reader.by_module(rest, outer, form)
   block = dataclasses.replace(

@@ -141,6 +141,7 @@ def write(
     replaced: str | None = None,
     more: Mapping[str, np.ndarray] | None = None,
     tokenizer: Any = None,
+    began: Mapping[str, Any] | None = None,
 ) -> None:
   """Writes an adapter folder; a folder that is there is replaced whole.
 
@@ -154,6 +155,8 @@ def write(
     replaced: see `Loaded`; kept there, too.
     more: tensors to write beside the adapters', e.g. `whole.tables`.
     tokenizer: saved beside them, if given.
+    began: of a difference, the values of `difference.BEGAN` before it was one;
+      whoever reads them makes of it what it was.
 
   Raises:
     errors.UserError: if the method has no adapter, or the model fuses modules
@@ -168,12 +171,15 @@ def write(
     metadata[names_lib.FINGERPRINT] = fingerprint
   if replaced:
     metadata[names_lib.REPLACED] = replaced
+  if began:
+    metadata[names_lib.BEGAN] = json.dumps(began)
   adapters = jax.tree.map(mesh_lib.fetch, adapters)
   if not processes.writes():
     return
   named = tensors(adapters, paths, row.form)
   if row.form is not None and row.form.peft_type == "LORA":
-    named, config, joined = fused_lib.join(named, config, fused or {}, paths)
+    named, config, joined = fused_lib.join(
+        named, config, fused or {}, paths, exact=bool(began))
     metadata |= joined
   elif row.form is not None:
     fused_lib.refuse(named, fused or {})
