@@ -124,7 +124,9 @@ class Model:
     if config is None:
       config = adapters_lib.AdapterConfig(**fields)
     self._check_whole()
-    configs = parts_lib.configs(config, self.new_tokens)
+    configs = {
+        name: parts_lib.with_ids(one, self.tokenizer, self.source)
+        for name, one in parts_lib.configs(config, self.new_tokens).items()}
     name, first = next(iter(configs.items()))
     originals, stats = load_lib.originals(self.source, self._whole), None
     if rows is not None and first.start().informed is not None:

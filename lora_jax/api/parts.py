@@ -62,6 +62,18 @@ def configs(
   return found
 
 
+def with_ids(
+    config: adapters_lib.AdapterConfig, tokenizer: Any, source: str
+) -> adapters_lib.AdapterConfig:
+  """With the ids of a text that virtual tokens start as, where there is one."""
+  config = registry.checked(config)
+  if not getattr(config.options, "text", "") or config.options.ids:
+    return config
+  ids = tuple(tokenizer(config.options.text)["input_ids"])
+  return dataclasses.replace(config, options=dataclasses.replace(
+      config.options, ids=ids, tokenizer=source))
+
+
 def replication(configs: Mapping[str, adapters_lib.AdapterConfig]) -> Any:
   """`adapter.layer_replication`, of a model with one method.
 

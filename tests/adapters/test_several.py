@@ -91,7 +91,8 @@ def test_every_hook_of_an_adapter_is_passed_on():
   hooks = {name for name, value in vars(base_lib.Adapter).items()
            if inspect.isfunction(value) or isinstance(value, property)
            or name in base_lib.Adapter.__annotations__}
-  own = {"active", "_saved", "to_peft", "rank"}  # Of a part, by itself.
+  # Of a part, by itself.
+  own = {"active", "_saved", "to_peft", "rank", "resized"}
   missing = {name for name in hooks - set(vars(several.Several)) - own
              if not name.startswith("__") and name != "replace"}
   assert not missing
