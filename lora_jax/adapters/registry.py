@@ -36,6 +36,7 @@ from lora_jax.adapters import lokr
 from lora_jax.adapters import lora
 from lora_jax.adapters import lora_bias
 from lora_jax.adapters import lora_fa
+from lora_jax.adapters import lora_xs
 from lora_jax.adapters import method as method_lib
 from lora_jax.adapters import miss
 from lora_jax.adapters import mixture
@@ -60,6 +61,7 @@ METHODS: dict[str, method_lib.Method] = {
     "lora": lora.METHOD,
     "rslora": lora.RSLORA,
     "dora": dora.METHOD,
+    "lora_xs": lora_xs.METHOD,
     "lora_bias": lora_bias.METHOD,
     "lora_fa": lora_fa.METHOD,
     "boft": boft.METHOD,
