@@ -258,7 +258,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(
-    "name", [*REFUSED, "lora_ga", "olora", "loftq", "no r"])
+    "name", [*REFUSED, "lora_ga", "loftq", "no r"])
 def test_refused_config(name, saved, tmp_path):
   folder = tmp_path / "adapter"
   shutil.copytree(saved, folder)
