@@ -170,14 +170,23 @@ def adapter(**fields) -> config_dict.ConfigDict:
   # ("q_proj,v_proj"), or a regex.
   block.targets = "auto"
   block.layers = ""  # "0-7,20"; empty is all
+  # A deeper model out of the same weights: "0-4,2-5" runs layers 0 1 2 3 2 3 4,
+  # each with adapters of its own (LoRA's kind).
+  block.layer_replication = ""
   # Ranks and alphas of some modules: "v_proj=32,layers.0.mlp.up_proj=4", a
   # module's name, the end of its path, or a regex without a comma.
   block.rank_pattern = ""
   block.alpha_pattern = ""
-  # Where A and B start: default, gaussian, or taken out of the weights, which
-  # are replaced by what is left: pissa, pissa_niter_<n> (fast), loftq.
+  # Where A and B start: default, gaussian, orthogonal, or taken out of the
+  # weights, which are replaced by what is left: pissa, pissa_niter_<n> (fast),
+  # loftq, olora; or made of the first training rows as well: eva, corda,
+  # lora_ga.
   block.init = "default"
   block.loftq_iterations = 1
+  # Batches of rows that eva, corda and lora_ga look at, and what only they are
+  # told: "rho=2.0" (eva), "corda_method=kpm", "direction=ArBr" (lora_ga).
+  block.init_batches = 8
+  block.init_options = ""
   # Modules trained whole beside the adapters: "lm_head,norm,input_layernorm".
   block.modules_to_save = ""
   # Tokens whose embeddings are trained: "49152,49153", or new: add_tokens.

@@ -15,6 +15,7 @@ from lora_jax import host as host_lib
 from lora_jax import mesh as mesh_lib
 from lora_jax import quant as quant_lib
 from lora_jax.adapters import registry
+from lora_jax.adapters import rules
 from lora_jax.kernels import attention
 from lora_jax.models import hf
 from lora_jax.models import remat
@@ -92,7 +93,8 @@ def adapters_of(config: Config) -> adapters.hybrid.Configs:
 
 def _adapter(block: Config) -> adapters.AdapterConfig:
   found = _fields(
-      adapters.AdapterConfig, block, options=_options(block),
+      adapters.AdapterConfig, block, options=_options("options", block),
+      init_options=_options("init_options", block),
       rank_pattern=_pattern("adapter.rank_pattern", block, int),
       alpha_pattern=_pattern("adapter.alpha_pattern", block, float),
       modules_to_save=names(block["modules_to_save"]),
@@ -100,15 +102,15 @@ def _adapter(block: Config) -> adapters.AdapterConfig:
   return registry.checked(found)
 
 
-def _options(block: Config) -> dict[str, str]:
+def _options(field: str, block: Config) -> dict[str, str]:
   """`"d_initial=0.1,projection_key=3"` as a dict of texts."""
   found = {}
   # Runs of earlier versions do not have it.
-  for part in names(block.get("options", "")):
+  for part in names(block.get(field, "")):
     name, equals, value = part.partition("=")
     if not equals:
       raise errors.UsageError(
-          f'adapter.options: "{part}" is not <name>=<value>; write '
+          f'adapter.{field}: "{part}" is not <name>=<value>; write '
           '"d_initial=0.1,projection_key=3"')
     found[name.strip()] = value.strip()
   return found
@@ -224,7 +226,7 @@ def check(config: Config) -> None:
   for build in (quant, skip, adapters_of, train, optim, precision, base_dtype,
                 memory, log, offload):
     build(config)
-  registry.rules(adapter(config), config["train"]["steps"])
+  rules.check(adapters_of(config), config["train"]["steps"])
   precision_lib.check_frozen_matmul(
       config["compute"]["frozen_matmul"], config["compute"]["dtype"],
       config["adapter"]["method"])

@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import inspect
 import json
 import pathlib
 import statistics as std_statistics
@@ -134,7 +135,7 @@ class Trial:
 
   def step(self, state, batch, hyper, key):
     # Whoever compiles it gives the compiler's options: they are for the whole.
-    return step_lib.train_step.__wrapped__(
+    return inspect.unwrap(step_lib.train_step)(
         state, self.frozen, self.model.base, batch, hyper, key,
         model=self.model.config, settings=self.settings)
 

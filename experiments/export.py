@@ -6,8 +6,8 @@
       --dtype=bfloat16
 
   peft  the adapter, for Hugging Face PEFT and what reads its folders; of a run
-        with adapter.init=pissa or loftq the difference from its start, for
-        the original base (exact if quant.format=none)
+        whose adapter.init changed the base (pissa, loftq ...) the difference
+        from its start, for the original base (exact if quant.format=none)
   hf    the whole model, the adapter merged onto the dequantised base; of
         several methods those that can be, the others in its folder adapter/
 """

@@ -133,8 +133,7 @@ def _execute(config, folder, sinks):
         + f" of {config['adapter']['init_from']}; of the config's adapter "
         "block only dropout counts")
   else:
-    model = model.adapt(
-        blocks.adapters_of(config), seed=config["seed"], donate=True)
+    model = _adapted(model, rows, config, folder)
   train = blocks.train(config)
   asked = rows_lib.prompts(
       model, examples, config["data"]["system"], config["train"]["samples"])
@@ -164,6 +163,26 @@ def _execute(config, folder, sinks):
   if not processes.writes():
     return {}
   return finish(model, outcome, folder, [a[1:] for a in asked])
+
+
+def _adapted(model, rows, config, folder):
+  """The model with fresh adapters.
+
+  What a start makes of rows is written down before the first step: a run that
+  goes on reads it, and starts from the same bits.
+  """
+  block, start = blocks.adapter(config), folder / "start"
+  if start.is_dir():
+    return model.with_adapter(start, donate=True)
+  adapted = model.adapt(
+      blocks.adapters_of(config), rows=rows,
+      batch_size=config["train"]["batch_size"], seed=config["seed"],
+      donate=True)
+  if block.start().informed is not None:
+    print(f"adapter: init={block.init} looked at up to {block.init_batches} "
+          f"batches of rows; see {start}")
+    adapted.save(start)
+  return adapted
 
 
 def finish(

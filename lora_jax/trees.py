@@ -34,6 +34,17 @@ def combine(first: types.Tree, second: types.Tree) -> types.Tree:
       combine, first, second, is_leaf=lambda node: node is not first)
 
 
+def without(tree: types.Tree, taken: types.Tree) -> types.Tree:
+  """`tree` with `None` in place of what the partial tree `taken` holds."""
+  if taken is None:
+    return tree
+  if jax.tree_util.all_leaves([taken]):
+    return None
+  return jax.tree.map(
+      lambda own, whole: without(whole, own), taken, tree,
+      is_leaf=lambda node: node is not taken)
+
+
 def path_str(path: tuple) -> str:
   """`layers.q_proj.a` for a key path of `jax.tree_util`."""
   return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -46,17 +46,20 @@ def random_adapters(config, base, block, key=7, scale=0.2):
 
 def mask(tree):
   """Zeroes the padded columns of A and rows of B of LoRA and its kin."""
-  def is_adapter(x):
-    return isinstance(x, adapters_lib.Adapter)
+  def is_lora(x):
+    return isinstance(x, lora.LoRA)
 
   def one(node):
-    if not isinstance(node, lora.LoRA):
+    if not is_lora(node):
       return node
-    used = np.arange(node.a.shape[-1]) < np.asarray(node.rank)[..., None]
-    return node.replace(
-        a=node.a * used[..., None, :], b=node.b * used[..., :, None])
+    def used(width):
+      return np.arange(width) < np.asarray(node.rank)[..., None]
 
-  return jax.tree.map(one, tree, is_leaf=is_adapter)
+    return node.replace(
+        a=node.a * used(node.a.shape[-1])[..., None, :],
+        b=node.b * used(node.b.shape[-2])[..., :, None])
+
+  return jax.tree.map(one, tree, is_leaf=is_lora)
 
 
 def to_torch(config, base, folder):

@@ -23,11 +23,15 @@ from lora_jax.adapters.projection import keeps_sum
 from lora_jax.adapters.projection import project
 from lora_jax.adapters.projection import project_all
 from lora_jax.adapters.registry import METHODS
+from lora_jax.adapters.runs import cut as spans
+from lora_jax.adapters.runs import each as stacks
+from lora_jax.adapters.runs import layer
+from lora_jax.adapters.runs import of_layers
 
 __all__ = [
     "METHODS", "Adapter", "AdapterConfig", "Adapters", "Geometry", "Noise",
-    "beside", "build", "hybrid", "join", "keeps_sum", "module", "prepared",
-    "project", "project_all", "several", "split", "starts",
-    "trainable_size", "virtual_tasks", "virtual_tokens", "with_rate",
-    "without_constants",
+    "beside", "build", "hybrid", "join", "keeps_sum", "layer", "module",
+    "of_layers", "prepared", "project", "project_all", "several", "spans",
+    "split", "stacks", "starts", "trainable_size", "virtual_tasks",
+    "virtual_tokens", "with_rate", "without_constants",
 ]

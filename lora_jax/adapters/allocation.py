@@ -37,6 +37,7 @@ import optax
 from lora_jax import types
 from lora_jax.adapters import base
 from lora_jax.adapters import method
+from lora_jax.adapters import orthogonal
 
 PARTS = ("layers", "outer")
 
@@ -118,10 +119,7 @@ class Allocation(method.Rule):
       adapter = getattr(params, part)[name]
       used = self._used(ranks, adapter.e)
       for factor in (adapter.a, jnp.swapaxes(adapter.b, -1, -2)):
-        gram = jnp.einsum("...ir,...is->...rs", factor, factor,
-                          precision="highest")
-        off = gram - jnp.eye(gram.shape[-1]) * used[..., None]
-        total += jnp.sum(_root(jnp.sum(jnp.square(off), (-1, -2))))
+        total += jnp.sum(orthogonal.distance(factor, used))
     return self.options.orth_reg * total / max(2 * self.matrices, 1)
 
   def wrap(self, inner):
@@ -211,9 +209,3 @@ class Allocation(method.Rule):
     """Which triplets are no padding, bool of the shape of E."""
     used = np.arange(like.shape[-1]) < np.asarray(ranks)[:, None]
     return used.reshape(like.shape)
-
-
-def _root(square):
-  """A norm whose gradient is 0 where it is."""
-  positive = square > 0
-  return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import errors
-from lora_jax import host as host_lib
 from lora_jax import types
 from lora_jax.adapters import base
 from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import hybrid
+from lora_jax.adapters import method as method_lib
 from lora_jax.adapters import partition
 from lora_jax.adapters import registry
+from lora_jax.adapters import runs
 from lora_jax.adapters import saved
 from lora_jax.adapters import several
 from lora_jax.adapters import starts
@@ -94,16 +95,11 @@ def place(
 
 def placements(adapters: base.Adapters) -> dict[str, Placement]:
   """`place`'s answer for adapters that are there."""
-  both = jax.device_get({**adapters.layers, **adapters.outer})
-
-  def values(adapter, name):
-    # A method may have no scale, or no dropout.
-    found = getattr(adapter, name, 0 * adapter.rank)
-    return np.atleast_1d(found)
-
-  return {name: Placement(*(values(a, field) for field in (
-      "rank", "scale", "rate")))
-          for name, a in both.items() if hasattr(a, "rank")}
+  outer = {name: jax.tree.map(lambda x: x[None], one)
+           for name, one in adapters.outer.items() if hasattr(one, "rank")}
+  return {name: Placement(*(
+      runs.values(one, field) for field in ("rank", "scale", "rate")))
+          for name, one in {**adapters.layers, **outer}.items()}
 
 
 def build(
@@ -115,6 +111,7 @@ def build(
     donate: bool = False,
     geometry: base.Geometry | None = None,
     stats: Mapping[str, Any] | None = None,
+    order: Sequence[int] = (),
 ) -> tuple[types.Tree, base.Adapters]:
   """(base, adapters) for a config: the start of a run.
 
@@ -128,7 +125,8 @@ def build(
     donate: see `starts.replace`.
     geometry: the model's sizes; methods that adapt no projection need them.
     stats: (A, B) by target, stacked, that an informed start made of rows; see
-      `train.statistics`.
+      `train.statistics`; of several parts for the first.
+    order: see `partition.prepared`; of one part only.
 
   Returns:
     The base, perhaps with weights replaced or removed, and the adapters.
@@ -137,7 +135,8 @@ def build(
     errors.UsageError: see `place`, `starts.replace` and `hybrid`.
   """
   if isinstance(config, config_lib.AdapterConfig):
-    return _one(key, config, tree, paths, originals, donate, geometry, stats)
+    return _one(key, config, tree, paths, originals, donate, geometry, stats,
+                order=order)
   configs = hybrid.by_name(config)
   hybrid.alone(configs)
   found: dict[str, base.Adapters] = {}
@@ -148,13 +147,14 @@ def build(
       # The first starts as it would alone.
       own = jax.random.fold_in(key, _digest(name)) if found else key
       tree, found[name] = _one(
-          own, part, tree, paths, originals, donate, geometry, stats,
-          several.joined(found) if found else None)
+          own, part, tree, paths, originals, donate, geometry,
+          None if found else stats, several.joined(found) if found else None,
+          whole=True)
   return tree, partition.beside(several.joined(found), tree)
 
 
 def _one(key, config, tree, paths, originals, donate, geometry, stats,
-         below=None):
+         below=None, whole=False, order=()):
   """`build` of one method, on what the parts `below` leave of the base."""
   row = registry.method(config.method)
   if row.build is not None:
@@ -191,6 +191,14 @@ def _one(key, config, tree, paths, originals, donate, geometry, stats,
           shape=shapes[name], options=config.options, start=start,
           geometry=geometry)
       for name, placement in placed.items()}
+  inner = {name: slot for name, slot in slots.items()
+           if len(paths[name]) > 1 or name in tree.layers}
+  ends: tuple[int, ...] = ()
+  if inner:
+    ranks = {n: placed[n].rank for n in inner}
+    # Parts of several are stacks of all layers, which can be nested.
+    ends = (len(next(iter(ranks.values()))),) if whole else cuts(
+        row, ranks, shapes)
   weights = {name: weight(tree, name) for name in slots}
   init: Callable[..., base.Adapter] = row.init
   told = shared
@@ -198,15 +206,54 @@ def _one(key, config, tree, paths, originals, donate, geometry, stats,
     init, told = hybrid.After(init), (shared, below.shared)
     weights = hybrid.adapted(weights, below)
   layers, outer = _init(
-      key, weights, slots, told, init=init, inner=tuple(
-          name for name in slots
-          if len(paths[name]) > 1 or name in tree.layers))
+      key, weights, {name: _by_run(slots[name], ends) for name in inner},
+      {name: slot for name, slot in slots.items() if name not in inner},
+      told, init=init, ends=ends, order=tuple(order))
   indices = config.trainable_token_indices
   assert not isinstance(indices, str)  # Whoever knows the tokens gives ids.
   outer |= tokens.build(tree, indices, [*outer, *config.modules_to_save])
   return tree, partition.beside(base.Adapters(
       layers=layers, outer=outer, shared=shared, overrides=saved.overrides(
-          tree, config.modules_to_save, placed)), tree)
+          tree, config.modules_to_save, placed, bool(order))), tree, order)
+
+
+def cuts(
+    row: method_lib.Method, ranks: Mapping[str, Any],
+    shapes: Mapping[str, Sequence[int]]
+) -> tuple[int, ...]:
+  """Where the stacks of a method's adapters are cut; see `runs.plan`.
+
+  Args:
+    row: of the table.
+    ranks: of every layer, by stacked target.
+    shapes: of a weight, by target; () where there is none.
+  """
+  depth = len(next(iter(ranks.values())))
+  # A file that does not go by modules is made of whole stacks.
+  if row.form is not None and row.form.tensors is not None:
+    return (depth,)
+  return runs.plan(ranks, {name: sum(shapes[name]) or 1 for name in ranks})
+
+
+def _by_run(slot: base.Slot, ends: Sequence[int]) -> tuple:
+  """A stacked slot as one of each run, no wider than it needs; or None."""
+  if len(ends) == 1:
+    return (slot,)
+  found = []
+  for start, stop in runs.spans(ends):
+    width = int(slot.rank[start:stop].max())
+    part = jax.tree.map(lambda x: x[start:stop], slot)  # noqa: B023
+    found.append(dataclasses.replace(
+        part, width=width, given=_trimmed(part.given, width))
+                 if width else None)
+  return tuple(found)
+
+
+def _trimmed(given, width):
+  if given is None:
+    return None
+  a, b = given
+  return a[..., :width], b[..., :width, :]
 
 
 def _digest(name: str) -> int:
@@ -244,27 +291,31 @@ def head(tree: types.Tree) -> types.Tree:
   return tree.lm_head.weight
 
 
-@functools.partial(jax.jit, static_argnames=("init", "inner"))
-def _init(key, weights, slots, shared, *, init, inner):
+@functools.partial(jax.jit, static_argnames=("init", "ends", "order"))
+def _init(key, weights, inner, outer, shared, *, init, ends, order):
   """All adapters, in one program: (by stacked target, by outer target)."""
 
-  def stacked(key, weight, slot):
+  def stacked(key, weights, slot, start, stop):
     # One layer at a time: a dequantised stack would not fit beside the base.
     def one(carry, xs):
-      layer, w, values = xs
+      layer, where, values = xs
       return carry, init(
-          jax.random.fold_in(key, layer), host_lib.on_device(w), values,
+          jax.random.fold_in(key, layer), runs.layer(weights, where), values,
           shared)
 
-    layers = jnp.arange(slot.rank.shape[0])
-    return jax.lax.scan(one, None, (layers, weight, slot))[1]
+    xs = jnp.arange(start, stop), runs.order_of(order, start, stop), slot
+    return jax.lax.scan(one, None, xs)[1]
 
-  layers, outer = {}, {}
-  for name, slot in slots.items():
-    own = jax.random.fold_in(key, _digest(name))
-    if name in inner:
-      layers[name] = stacked(own, weights[name], slot)
-    else:
-      outer[name] = init(
-          own, weights[name], jax.tree.map(lambda x: x[0], slot), shared)
-  return layers, outer
+  def own(name):
+    return jax.random.fold_in(key, _digest(name))
+
+  return {
+      name: runs.joined([
+          None if slot is None else stacked(
+              own(name), weights[name], slot, *span)
+          for slot, span in zip(slots, runs.spans(ends), strict=True)], ends)
+      for name, slots in inner.items()
+  }, {
+      name: init(own(name), weights[name], jax.tree.map(lambda x: x[0], slot),
+                 shared)
+      for name, slot in outer.items()}

@@ -19,7 +19,7 @@ Nothing is intercepted. Every place of a model asks the adapter that it is given
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from typing import Any, ClassVar, Self
 
@@ -298,6 +298,10 @@ class Adapter:
   def with_constants(self, values: Mapping[str, Any]) -> Self:
     """With values in place of its `constants`; None has it ask the weight."""
     return dataclasses.replace(self, **values)
+  def resized(self, kept: Sequence[int], width: int) -> Self:
+    """One unstacked module with these of its ranks, in this order, padded to
+    `width`; see `resize`."""
+    raise TypeError(f"{type(self).__name__} has no ranks to choose from")
 
   def inert(self) -> Self:
     """One of the same shapes that does nothing."""
@@ -394,7 +398,8 @@ class Adapters:
   """Everything a run trains, beside the frozen base.
 
   Attributes:
-    layers: adapters of the scanned layers by target name, leaves `[l, ...]`.
+    layers: adapters of the scanned layers by target name, leaves `[l, ...]`,
+      or `runs.Runs` of several such stacks; `partition.module` takes one out.
     outer: adapters of `embed_tokens`, `norm` and `lm_head`, and `prompt`.
     overrides: a partial base tree; its leaves are trained in place of the
       base's (full fine-tuning; `None` for methods that override nothing).

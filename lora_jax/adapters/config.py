@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from lora_jax import errors
+from lora_jax.adapters import depth
 from lora_jax.adapters import options as options_lib
 from lora_jax.adapters import starts
 
@@ -23,6 +24,8 @@ class AdapterConfig:
     dropout: rate on the adapter's input, in [0, 1).
     targets: which places; see `targets.select`. "auto" is the method's own.
     layers: which layers, `"0-7,20"` or `"last 8"`, or None for all.
+    layer_replication: `"0-4,2-5"`, or pairs: a deeper model out of the same
+      weights, whose layers are those of the ranges; see `depth`.
     rank_pattern: module name or regex -> rank (PEFT's rule).
     alpha_pattern: module name or regex -> alpha.
     init: where A and B start; see `starts`.
@@ -41,6 +44,7 @@ class AdapterConfig:
   dropout: float = 0.0
   targets: str | tuple[str, ...] = "auto"
   layers: str | tuple[int, ...] | None = None
+  layer_replication: str | tuple[tuple[int, ...], ...] = ()
   rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
   alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
   options: Any = dataclasses.field(default_factory=dict)
@@ -86,6 +90,7 @@ class AdapterConfig:
         raise errors.UsageError(
             f"{place}={rank} is odd, and adapter.init=orthogonal halves it; "
             "use an even rank, or adapter.init=default")
+    depth.ranges(self.layer_replication)
     alphas = {"adapter.alpha": self.alpha} | {
         f'adapter.alpha_pattern["{k}"]': v
         for k, v in self.alpha_pattern.items()}

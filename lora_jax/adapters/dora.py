@@ -34,7 +34,6 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lora_jax import errors
 from lora_jax import keep as keep_lib
 from lora_jax import quant
 from lora_jax import struct
@@ -150,13 +149,6 @@ class DoRA(lora.LoRA):
   def to_peft(self, embedding=False):
     return super().to_peft(embedding) | {"lora_magnitude_vector": self.m}
 
-  def difference(self):
-    raise errors.UserError(
-        "DoRA's gain m/||V|| multiplies the whole weight, so that its change "
-        "is no difference of low ranks; export with --format=hf, or as it is "
-        "(the adapter folder of the run, which PEFT reads beside an "
-        "unquantised base)")
-
   def inert(self):
     return dataclasses.replace(super().inert(), m=jnp.ones_like(self.m))
 
@@ -184,5 +176,5 @@ def init(key, weight, slot, shared=None):
 METHOD = method.Method(
     summary="h = m/||W0 + sAB|| x (W0 + sAB)", paper="arXiv 2402.09353",
     adapter=DoRA, init=init, count="r * (i + o) + o", embeddings=True,
-    patterns=True, starts=True, zero_gradients=("a",),
+    patterns=True, starts=None, zero_gradients=("a",),
     form=lora.form(use_dora=True))

@@ -68,7 +68,7 @@ class FourierFT(places.Coefficients):
 
   def delta(self, i, o):
     spectrum = jnp.zeros((o, i), jnp.float32).at[self.rows, self.columns].set(
-        self.spectrum)
+        self.values)
     return jnp.fft.ifft2(spectrum).real.T
 
   def to_peft(self, embedding=False):
@@ -94,17 +94,17 @@ def waves(x: types.Array) -> places.Parts:
   a = max(a for a in range(1, math.isqrt(n) + 1) if n % a == 0)
   b = n // a
   # With q = b q1 + q2 and v = v1 + a v2, v q / n is, up to whole turns,
-  # v1 q1 / a + v1 q2 / n + v2 q2 / b.
-  (cos1, sin1), (cos2, sin2), (cos3, sin3) = (
-      tuple(jnp.asarray(table, x.dtype) for table in turns)
-      for turns in (_turns(a, a, a), _turns(a, b, n), _turns(b, b, b)))
-  rows = x.reshape(*x.shape[:-1], a, b).swapaxes(-1, -2)
-  even, odd = ((rows @ table).swapaxes(-1, -2) for table in (cos1, sin1))
-  even, odd = even * cos2 - odd * sin2, even * sin2 + odd * cos2
-  even, odd = even @ cos3 - odd @ sin3, even @ sin3 + odd @ cos3
-  even, odd = (
-      part.swapaxes(-1, -2).reshape(x.shape) for part in (even, odd))
-  return even, odd
+  # v1 q1 / a + v1 q2 / n + v2 q2 / b. Cosines and sines stand side by side.
+  first, turns, (cos3, sin3) = (
+      _turns(a, a, a), _turns(a, b, n), _turns(b, b, b))
+  last = np.block([[cos3, sin3], [-sin3, cos3]])
+  h = x.reshape(*x.shape[:-1], a, b).swapaxes(-1, -2)
+  h = (h @ jnp.asarray(np.hstack(first), x.dtype)).swapaxes(-1, -2)
+  even, odd = h[..., :a, :], h[..., a:, :]
+  cos, sin = (jnp.asarray(table, x.dtype) for table in turns)
+  h = jnp.concatenate([even * cos - odd * sin, even * sin + odd * cos], -1)
+  h = (h @ jnp.asarray(last, x.dtype)).swapaxes(-1, -2)
+  return h[..., :b, :].reshape(x.shape), h[..., b:, :].reshape(x.shape)
 
 
 @functools.lru_cache(maxsize=64)

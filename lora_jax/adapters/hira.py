@@ -112,7 +112,7 @@ METHOD = method.Method(
     adapter=HiRA, init=init, count="r * (i + o)", embeddings=True,
     # No patterns: PEFT has the option and makes all ranks r nevertheless, so
     # that it could not read others.
-    zero_gradients=("a",),
+    zero_gradients=("a",), starts=("gaussian",),
     form=method.Form(
         peft_type="HIRA", config=_config, block=_block,
         neutral={"fan_in_fan_out": (False,)}))

@@ -97,11 +97,12 @@ def check(
       raise errors.UsageError(
           f"adapter.{field} belongs to the first of several parts, the "
           "adapter block; leave it empty")
-  if config.start().decompose is not None:
+  start = config.start()
+  if start.replaces or start.informed is not None:
     raise errors.UsageError(
-        f"adapter.init={config.init} replaces weights of the base, which only "
-        "the first of several parts can do; make it the adapter block, or use "
-        "adapter.init=default")
+        f"adapter.init={config.init} replaces weights of the base or looks at "
+        "rows, as only the first of several parts can do; make it the adapter "
+        "block, or use adapter.init=default")
   first = next(iter(before.values()))
   rows = [t for t, a in first.outer.items()
           if isinstance(a, tokens.TokenRows)]

@@ -24,12 +24,14 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax import quant
 from lora_jax import struct
 from lora_jax import types
 from lora_jax.adapters import base
 from lora_jax.adapters import config as config_lib
+from lora_jax.adapters import depth
 from lora_jax.adapters import method
 from lora_jax.adapters import starts
 
@@ -111,6 +113,19 @@ class LoRA(base.Adapter):
         b=jnp.pad(jnp.concatenate([self.b[:r], -b0[:r]], 0),
                   ((0, pad), (0, 0))))
 
+  def resized(self, kept, width):
+    def columns(x):
+      return x if x is None else jnp.pad(
+          x[:, index], ((0, 0), (0, width - len(kept))))
+
+    def rows(x):
+      return x if x is None else columns(x.T).T
+
+    index = np.asarray(kept, np.int32)
+    return dataclasses.replace(
+        self, rank=np.int32(len(kept)), a=columns(self.a), b=rows(self.b),
+        a0=columns(self.a0), b0=rows(self.b0))
+
   def inert(self) -> Self:
     # Its products are not switched off by the rank, but by zeros.
     return dataclasses.replace(
@@ -169,6 +184,8 @@ def peft_config(config: config_lib.AdapterConfig) -> dict[str, Any]:
       "use_dora": False,
       "use_rslora": False,
   }
+  if config.layer_replication:
+    found["layer_replication"] = depth.ranges(config.layer_replication)
   if config.init == "loftq":
     found["loftq_config"] = {
         "loftq_bits": 4, "loftq_iter": config.loftq_iterations}
@@ -181,7 +198,9 @@ def block(config: Mapping[str, Any]) -> dict[str, Any]:
       "rank": int(config["r"]), "alpha": config.get("lora_alpha", 8),
       "dropout": float(config.get("lora_dropout") or 0.0),
       "rank_pattern": config.get("rank_pattern") or {},
-      "alpha_pattern": config.get("alpha_pattern") or {}}
+      "alpha_pattern": config.get("alpha_pattern") or {},
+      "layer_replication": tuple(
+          tuple(pair) for pair in config.get("layer_replication") or ())}
   init = config.get("init_lora_weights", True)
   if starts.replaces(init):
     loftq = config.get("loftq_config") or {}
@@ -190,28 +209,37 @@ def block(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # PEFT's options that change what is computed, and the values that do not.
+# Some are methods of which there is more than a projection: aLoRA asks where
+# its invocation tokens are, MonteCLoRA draws whole experts around A, VeLoRA
+# trains by inputs that it has compressed.
 NEUTRAL: dict[str, tuple] = {
     "bias": ("none",), "fan_in_fan_out": (False,), "lora_bias": (False,),
-    "layer_replication": (None,), "use_qalora": (False,),
+    "use_qalora": (False,),
     "target_parameters": (None, []), "alora_invocation_tokens": (None,),
     "use_bdlora": (None, False),
     "megatron_config": (None,), "arrow_config": (None,),
     "velora_config": (None,), "kasa_config": (None,),
-    "monteclora_config": (None,),
+    "monteclora_config": (None,), "use_dora": (False,),
+    "use_rslora": (False,),
 }
+
+
+def neutral(*own: str) -> dict[str, tuple]:
+  """`NEUTRAL` of a relative of LoRA that has options of its own."""
+  return {name: values for name, values in NEUTRAL.items() if name not in own}
 
 
 def form(**requires: Any) -> method.Form:
   """LoRA's form in PEFT, told from its relatives by `requires`."""
   return method.Form(
       peft_type="LORA", config=lambda c: peft_config(c) | requires,
-      block=block, requires=requires, neutral=NEUTRAL)
+      block=block, requires=requires, neutral=neutral(*requires))
 
 
 METHOD = method.Method(
     summary="h = x W0 + (alpha/r) x A B", paper="arXiv 2106.09685",
     adapter=LoRA, init=init, count="r * (i + o)", embeddings=True,
-    patterns=True, starts=True, zero_gradients=("a",), form=form(), vllm=True)
+    patterns=True, starts=None, zero_gradients=("a",), form=form(), vllm=True)
 RSLORA = dataclasses.replace(
     METHOD, summary="h = x W0 + (alpha/sqrt(r)) x A B",
     paper="arXiv 2312.03732",

@@ -68,7 +68,8 @@ class Form:
       are the method's own.
     block: inverse of `config`: fields of `AdapterConfig`, `options` among them
       as a mapping.
-    requires: keys by which this row is told from others of the same type.
+    requires: keys by which this row is told from others of the same type, and
+      their values; True is whatever is set.
     neutral: options of PEFT that change what is computed, and the values with
       which it is what this code computes.
     same_as: the row as which these files are read, if they say nothing by
@@ -130,7 +131,7 @@ class Method:
     scale: s of alpha, r and the options.
     ranked: whether `adapter.rank` means something.
     patterns: whether ranks may differ from layer to layer.
-    starts: whether `adapter.init` means something; see `starts`.
+    starts: what `adapter.init` may be but default; None is every start.
     embeddings: whether it can adapt `embed_tokens`.
     identity_at_init: whether the model is the base before the first step.
     mergeable: whether `merge` does.
@@ -139,6 +140,7 @@ class Method:
       `(i, o)` by adapted target.
     count_shared: trainable parameters of it, an expression of r, the options
       and the letters.
+    samples: whether it is random in training, with or without dropout.
     rule: `(config, steps) -> Rule`, of methods with a say in training; None
       where the config's options have none.
     form: in PEFT's files; None where PEFT has no counterpart.
@@ -159,13 +161,14 @@ class Method:
   scale: Callable[[float, int, Any], float] = by_rank
   ranked: bool = True
   patterns: bool = False
-  starts: bool = False
+  starts: tuple[str, ...] | None = ()
   embeddings: bool = False
   identity_at_init: bool = True
   mergeable: bool = True
   zero_gradients: tuple[str, ...] = ()
   share: Callable[..., Any] | None = None
   count_shared: str = ""
+  samples: bool = False
   rule: Callable[..., Rule | None] | None = None
   form: Form | None = None
   vllm: bool = False

@@ -42,12 +42,18 @@ class Noise:
 
   def dropout(self, x: types.Array, rate: types.Array) -> types.Array:
     """Inverted dropout of `x [b, t, i]` at a traced `rate []`."""
+    keep = self._drawn(jax.random.uniform, x) >= rate
+    return jnp.where(keep, x / (1.0 - rate).astype(x.dtype), 0)
 
-    def bits(example, position):
+  def normal(self, x: types.Array) -> types.Array:
+    """N(0, 1), in the shape and type of `x [b, t, i]`."""
+    return self.for_target("normal")._drawn(jax.random.normal, x).astype(
+        x.dtype)
+
+  def _drawn(self, draw, x):
+    def one(example, position):
       key = jax.random.fold_in(self.key, example)
       key = jax.random.fold_in(key, position)
-      return jax.random.uniform(key, x.shape[-1:])
+      return draw(key, x.shape[-1:])
 
-    draw = jax.vmap(jax.vmap(bits))(self.example_ids, self.positions)
-    keep = draw >= rate
-    return jnp.where(keep, x / (1.0 - rate).astype(x.dtype), 0)
+    return jax.vmap(jax.vmap(one))(self.example_ids, self.positions)

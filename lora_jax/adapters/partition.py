@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -18,6 +19,7 @@ from lora_jax import host as host_lib
 from lora_jax import trees
 from lora_jax import types
 from lora_jax.adapters import base
+from lora_jax.adapters import runs
 
 
 def is_adapter(node: Any) -> bool:
@@ -80,18 +82,20 @@ def module(
   Args:
     adapters: whole tree.
     target: a key of `layers` or `outer`.
-    layer: which of the stack; None for what is outside of the layers.
+    layer: its number, traced only where all layers are one stack; None for
+      what is outside of them.
   """
   where = adapters.outer if layer is None else adapters.layers
   found = where.get(target)
-  if found is None:
-    return None
-  if layer is not None:
-    found = jax.tree.map(lambda x: x[layer], found)
-  return found.bound(adapters.shared)
+  if found is not None and layer is not None:
+    found, row = runs.at(found, layer)
+    found = jax.tree.map(lambda x: x[row], found)
+  return None if found is None else found.bound(adapters.shared)
 
 
-def beside(adapters: base.Adapters, tree: types.Tree) -> base.Adapters:
+def beside(
+    adapters: base.Adapters, tree: types.Tree, order: Sequence[int] = ()
+) -> base.Adapters:
   """Adapters that know the constants of the weights which they stand beside.
 
   Whoever makes adapters for a base, or changes the base below them, ends with
@@ -100,19 +104,26 @@ def beside(adapters: base.Adapters, tree: types.Tree) -> base.Adapters:
   Args:
     adapters: whole tree.
     tree: the base; see `prepared`.
+    order: see `prepared`.
   """
 
-  def known(adapter, weight, stacked):
+  def known(adapter, weight, layers=None):
     if not adapter.constants:
       return adapter
     return adapter.with_constants(_constants(
-        weight, functions=tuple(adapter.constants.items()), stacked=stacked))
+        weight, layers, functions=tuple(adapter.constants.items())))
+
+  def stacked(name, adapter):
+    weight = _weight(tree, name, True)
+    return runs.mapped(
+        lambda stack, start, stop: known(
+            stack, weight, runs.order_of(order, start, stop)), adapter)
 
   return dataclasses.replace(
       adapters,
-      layers={name: known(adapter, _weight(tree, name, True), True)
+      layers={name: stacked(name, adapter)
               for name, adapter in adapters.layers.items()},
-      outer={name: known(adapter, _weight(tree, name, False), False)
+      outer={name: known(adapter, _weight(tree, name, False))
              for name, adapter in adapters.outer.items()})
 
 
@@ -121,14 +132,16 @@ def without_constants(adapter: base.Adapter) -> base.Adapter:
   return adapter.with_constants(dict.fromkeys(adapter.constants))
 
 
-@functools.partial(jax.jit, static_argnames=("functions", "stacked"))
-def _constants(weight, *, functions, stacked):
+@functools.partial(jax.jit, static_argnames="functions")
+def _constants(weight, layers, *, functions):
   def one(w):
     w = host_lib.on_device(w)
     return {name: function(w) for name, function in functions}
 
+  if layers is None:
+    return one(weight)
   # One layer at a time: a dequantised stack would not fit beside the base.
-  return jax.lax.map(one, weight) if stacked else one(weight)
+  return jax.lax.map(lambda layer: one(runs.layer(weight, layer)), layers)
 
 
 def _weight(tree, name, stacked):
@@ -137,9 +150,10 @@ def _weight(tree, name, stacked):
   return getattr(holder, "weight", holder)
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
+@functools.partial(jax.jit, static_argnames=("dtype", "order"))
 def prepared(
-    adapters: base.Adapters, tree: types.Tree, dtype: Any = jnp.float32
+    adapters: base.Adapters, tree: types.Tree, dtype: Any = jnp.float32,
+    order: tuple[int, ...] = ()
 ) -> base.Adapters:
   """Adapters for decoding with frozen weights: see `Adapter.prepared`.
 
@@ -147,17 +161,28 @@ def prepared(
     adapters: whole tree.
     tree: the base, whose `layers[target].weight` is stacked.
     dtype: of the activations that they will be applied to.
+    order: which of the stack is each layer's, if it is not its own number;
+      see `depth.order`.
 
   Returns:
     A tree that computes the same.
   """
   shared = adapters.shared
-  layers = {
-      name: jax.lax.map(
-          lambda pair: pair[0].folded(shared).prepared(
-              host_lib.on_device(pair[1]), shared).narrowed(dtype),
-          (adapter, _weight(tree, name, True)))
-      for name, adapter in adapters.layers.items()}
+
+  def stacked(name, adapter):
+    weight = _weight(tree, name, True)
+
+    def one(pair):
+      own, layer = pair
+      found = None if weight is None else runs.layer(weight, layer)
+      return own.folded(shared).prepared(found, shared).narrowed(dtype)
+
+    return runs.mapped(
+        lambda stack, start, stop: jax.lax.map(
+            one, (stack, runs.order_of(order, start, stop))), adapter)
+
+  layers = {name: stacked(name, adapter)
+            for name, adapter in adapters.layers.items()}
   outer = {
       name: adapter.folded(shared).prepared(
           _weight(tree, name, False), shared)

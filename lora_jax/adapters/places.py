@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -35,12 +36,14 @@ class Places(base.Adapter):
   """What all modules share.
 
   Attributes:
-    rows: by target, `[n]` int32, the places' wave of the output.
+    rows: by target, `[n]` int32, the places' wave of the output, ascending.
     columns: by target, `[n]` int32, their wave of the input.
+    order: by target, `[n]` int32, which coefficient is theirs.
   """
 
   rows: Mapping[str, types.Array] = base.frozen()
   columns: Mapping[str, types.Array] = base.frozen()
+  order: Mapping[str, types.Array] = base.frozen()
 
   def to_peft(self, embedding=False):
     return {}
@@ -57,7 +60,7 @@ class Coefficients(base.Adapter):
     scale: `[]`, s.
     rank: `[]` int32, 0: not adapted.
     target: of the places.
-    rows, columns: `[n]`, while it is used; see `Places`.
+    rows, columns, order: `[n]`, while it is used; see `Places`.
   """
 
   spectrum: types.Array = base.trained(None)
@@ -66,6 +69,7 @@ class Coefficients(base.Adapter):
   target: str = base.static(default="")
   rows: types.Array = base.frozen(default=None)
   columns: types.Array = base.frozen(default=None)
+  order: types.Array = base.frozen(default=None)
 
   def analysis(self, x: types.Array) -> Parts:
     """R_i^T x, parts `[..., m]` for x `[..., i]`."""
@@ -80,34 +84,34 @@ class Coefficients(base.Adapter):
     raise NotImplementedError
 
   def delta(self, i: int, o: int) -> types.Array:
-    """Delta W without s, `[i, o]` float32."""
+    """Delta W, `[i, o]` float32."""
     raise NotImplementedError
 
   def bound(self, shared):
-    return dataclasses.replace(
-        self, rows=shared.rows[self.target],
-        columns=shared.columns[self.target])
+    return dataclasses.replace(self, **{
+        name: getattr(shared, name)[self.target]
+        for name in ("rows", "columns", "order")})
 
   @property
-  def values(self):
-    return self.active(self.scale * self.spectrum, 0.0)
+  def values(self) -> types.Array:
+    """s c of the places in their order, `[n]`."""
+    return self.active(self.scale * self.spectrum, 0.0)[self.order]
 
   def apply(self, x, weight, noise=None):
     del noise
     o = weight.shape[-1]
-
-    def moved(part):
-      # In float32, in which the gradient is summed over tokens.
-      taken = self.values * part[..., self.columns].astype(jnp.float32)
-      empty = jnp.zeros((*x.shape[:-1], self.waves(o)), jnp.float32)
-      return empty.at[..., self.rows].add(taken).astype(x.dtype)
-
-    parts = tuple(moved(part) for part in self.analysis(x))
-    return quant.matmul(x, weight) + self.synthesis(parts, o)
+    # Waves first: what goes from place to place are then whole rows.
+    parts = jnp.moveaxis(jnp.stack(self.analysis(x)), -1, 0)
+    # In float32, in which the gradient is summed over tokens.
+    taken = parts[self.columns].astype(jnp.float32)
+    taken *= self.values.reshape(-1, *[1] * x.ndim)
+    put = jax.ops.segment_sum(
+        taken, self.rows, self.waves(o), indices_are_sorted=True)
+    parts = jnp.moveaxis(put, 0, -1).astype(x.dtype)
+    return quant.matmul(x, weight) + self.synthesis(tuple(parts), o)
 
   def merge(self, weight):
-    scaled = dataclasses.replace(self, spectrum=self.values)
-    return quant.dequantize(weight, jnp.float32) + scaled.delta(
+    return quant.dequantize(weight, jnp.float32) + self.delta(
         *weight.shape[-2:])
 
 
@@ -137,8 +141,13 @@ def draw(
 
 def shared(
     places: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Places:
-  """`Places` of `draw`'s answer."""
-  rows, columns = (
-      {name: jnp.asarray(pair[k], jnp.int32) for name, pair in places.items()}
-      for k in (0, 1))
-  return Places(rows=rows, columns=columns)
+  """`Places` of (rows, columns) by target, in any order."""
+  order = {name: np.argsort(rows, kind="stable")
+           for name, (rows, _) in places.items()}
+
+  def sort(k):
+    return {name: jnp.asarray(pair[k][order[name]], jnp.int32)
+            for name, pair in places.items()}
+
+  return Places(rows=sort(0), columns=sort(1), order={
+      name: jnp.asarray(at, jnp.int32) for name, at in order.items()})

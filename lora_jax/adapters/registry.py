@@ -13,6 +13,7 @@ from typing import Any
 from lora_jax import errors
 from lora_jax.adapters import adalora
 from lora_jax.adapters import base
+from lora_jax.adapters import bd_lora
 from lora_jax.adapters import bias
 from lora_jax.adapters import boft
 from lora_jax.adapters import bottleneck
@@ -29,12 +30,17 @@ from lora_jax.adapters import gralora
 from lora_jax.adapters import hira
 from lora_jax.adapters import hra
 from lora_jax.adapters import ia3
+from lora_jax.adapters import kasa
 from lora_jax.adapters import llama_adapter
 from lora_jax.adapters import loha
 from lora_jax.adapters import lokr
 from lora_jax.adapters import lora
+from lora_jax.adapters import lora_bias
+from lora_jax.adapters import lora_fa
+from lora_jax.adapters import lora_xs
 from lora_jax.adapters import method as method_lib
 from lora_jax.adapters import miss
+from lora_jax.adapters import mixture
 from lora_jax.adapters import multitask_prompt
 from lora_jax.adapters import norms
 from lora_jax.adapters import oft
@@ -44,6 +50,8 @@ from lora_jax.adapters import peanut
 from lora_jax.adapters import prefix
 from lora_jax.adapters import prompt
 from lora_jax.adapters import psoft
+from lora_jax.adapters import pvera
+from lora_jax.adapters import qa_lora
 from lora_jax.adapters import randlora
 from lora_jax.adapters import road
 from lora_jax.adapters import shira
@@ -58,6 +66,9 @@ METHODS: dict[str, method_lib.Method] = {
     "lora": lora.METHOD,
     "rslora": lora.RSLORA,
     "dora": dora.METHOD,
+    "lora_xs": lora_xs.METHOD,
+    "lora_bias": lora_bias.METHOD,
+    "lora_fa": lora_fa.METHOD,
     "boft": boft.METHOD,
     "hra": hra.METHOD,
     "oft": oft.METHOD,
@@ -67,7 +78,12 @@ METHODS: dict[str, method_lib.Method] = {
     "shira": shira.METHOD,
     "supertuning": supertuning.METHOD,
     "adalora": adalora.METHOD,
+    "kasa": kasa.METHOD,
+    "bd_lora": bd_lora.METHOD,
+    "qa_lora": qa_lora.METHOD,
     "vera": vera.METHOD,
+    "pvera": pvera.METHOD,
+    "mixture": mixture.METHOD,
     "randlora": randlora.METHOD,
     "vblora": vblora.METHOD,
     "fourierft": fourierft.METHOD,
@@ -113,12 +129,26 @@ def checked(config: config_lib.AdapterConfig) -> config_lib.AdapterConfig:
     errors.UsageError: for the first value that cannot be.
   """
   row = method(config.method)
-  if config.init != "default" and not row.starts:
-    able = ", ".join(name for name, row in METHODS.items() if row.starts)
+  if config.init != "default" and not _takes(row, config.init):
+    able = ", ".join(
+        name for name, row in METHODS.items() if _takes(row, config.init))
     raise errors.UsageError(
         f"adapter.init={config.init} is for {able}; leave it at default with "
         f"adapter.method={config.method}")
-  return config.validate(row.options)
+  config = config.validate(row.options)
+  if not config.layer_replication:
+    return config
+  if row.form is None or row.form.peft_type != "LORA":
+    raise errors.UsageError(
+        f"adapter.layer_replication: adapter.method={config.method} is not of "
+        "LoRA's kind, which alone has it in PEFT; leave it empty, or use lora")
+  start = config.start()
+  if start.replaces or start.informed is not None:
+    raise errors.UsageError(
+        f"adapter.layer_replication: adapter.init={config.init} is made of "
+        "each layer's weights, which repetitions share; use "
+        "adapter.init=default")
+  return config
 
 
 def rules(
@@ -142,6 +172,10 @@ def rules(
   if rule is None:
     return ()
   return (rule if adapters is None else rule.bound(adapters),)
+
+
+def _takes(row: method_lib.Method, init: str) -> bool:
+  return row.starts is None or init in row.starts
 
 
 def count(

@@ -24,7 +24,8 @@ OUTER = ("embed_tokens", "norm", "lm_head")
 
 
 def overrides(
-    tree: types.Tree, names: Sequence[str], adapted: Iterable[str] = ()
+    tree: types.Tree, names: Sequence[str], adapted: Iterable[str] = (),
+    replicated: bool = False,
 ) -> types.Tree | None:
   """A partial base that holds the named modules, or None for no names.
 
@@ -32,9 +33,10 @@ def overrides(
     tree: the base.
     names: targets, such as `lm_head`, `norm`, `input_layernorm`.
     adapted: targets that have an adapter.
+    replicated: whether layers share their weights; see `depth`.
 
   Raises:
-    errors.UsageError: if a module is unknown, tied, or adapted too.
+    errors.UsageError: if a module is unknown, tied, shared, or adapted too.
   """
   if not names:
     return None
@@ -44,6 +46,11 @@ def overrides(
     if name not in known:
       raise errors.UsageError(
           f'{field}: "{name}" is unknown{errors.nearest(name, known)}')
+    if replicated and name in tree.layers:
+      raise errors.UsageError(
+          f'{field}: "{name}" is shared by the layers that '
+          "adapter.layer_replication repeats; name embed_tokens, norm or "
+          "lm_head only")
     if name in adapted:
       raise errors.UsageError(
           f'{field}: "{name}" is adapted, too; take it out of it or of '

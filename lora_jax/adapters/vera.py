@@ -146,21 +146,23 @@ def init(key, weight, slot, shared=None):
       rows=i, **slot.values("rate", "rank"))
 
 
-def _config(config: config_lib.AdapterConfig) -> dict[str, Any]:
-  return {"r": config.rank, "vera_dropout": float(config.dropout),
-          "d_initial": config.options.d_initial,
-          "projection_prng_key": config.options.projection_key,
-          "save_projection": config.options.save_projection,
+def config_keys(
+    config: config_lib.AdapterConfig, name: str = "vera") -> dict[str, Any]:
+  """The keys of PEFT's config; `name` of the method, as its dropout has it."""
+  options = config.options
+  return {"r": config.rank, f"{name}_dropout": float(config.dropout),
+          "d_initial": options.d_initial,
+          "projection_prng_key": options.projection_key,
+          "save_projection": options.save_projection,
           "fan_in_fan_out": False, "bias": "none", "init_weights": True}
 
 
-def _block(config: Mapping[str, Any]) -> dict[str, Any]:
+def block(config: Mapping[str, Any], name: str = "vera") -> dict[str, Any]:
+  """Inverse of `config_keys`."""
   return {"rank": int(config["r"]),
-          "dropout": float(config.get("vera_dropout") or 0.0),
-          "options": {
-              "d_initial": config.get("d_initial", 0.1),
-              "projection_key": config["projection_prng_key"],
-              "save_projection": config.get("save_projection", True)}}
+          "dropout": float(config.get(f"{name}_dropout") or 0.0),
+          "options": method.named(Options, config) | {
+              "projection_key": config["projection_prng_key"]}}
 
 
 def _shared(tensors, config, shapes):
@@ -175,5 +177,5 @@ METHOD = method.Method(
     paper="arXiv 2310.11454", adapter=VeRA, init=init, count="r + o",
     options=Options, share=share, zero_gradients=("lambda_d",),
     form=method.Form(
-        peft_type="VERA", config=_config, block=_block, shared=_shared,
+        peft_type="VERA", config=config_keys, block=block, shared=_shared,
         neutral={"bias": ("none",), "fan_in_fan_out": (False,)}))

@@ -92,7 +92,7 @@ class WaveFT(places.Coefficients):
 
   def delta(self, i, o):
     dense = jnp.zeros((self.waves(i), self.waves(o)), jnp.float32)
-    dense = dense.at[self.columns, self.rows].set(self.spectrum)
+    dense = dense.at[self.columns, self.rows].set(self.values)
     return self.synthesis((self.synthesis((dense,), o).T,), i).T
 
   def to_peft(self, embedding=False):

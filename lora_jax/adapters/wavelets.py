@@ -62,7 +62,7 @@ def low_pass(name: str) -> np.ndarray:
     zero = 1 / zero if k in outside else zero
     taps = np.convolve(taps, [1, -zero])
     if zero.imag:
-      taps = np.convolve(taps, [1, -zero.conj()])
+      taps = np.convolve(taps, [1, -zero.conjugate()])
   h = taps.real * math.sqrt(2) / taps.real.sum()
   return h[::-1] if backwards else h
 

@@ -17,9 +17,10 @@ from lora_jax import mesh as mesh_lib
 from lora_jax import types
 from lora_jax.adapters import assemble
 from lora_jax.adapters import base as base_lib
+from lora_jax.adapters import depth
 from lora_jax.adapters import hybrid
-from lora_jax.adapters import registry
 from lora_jax.api import parts as parts_lib
+from lora_jax.api import settings as settings_lib
 from lora_jax.data import dataset as dataset_lib
 from lora_jax.data import formats
 from lora_jax.data import pipeline
@@ -123,42 +124,35 @@ class Model:
     if config is None:
       config = adapters_lib.AdapterConfig(**fields)
     self._check_whole()
-    parts, configs = {}, {}
-    if isinstance(config, adapters_lib.AdapterConfig):
-      config = first = self._with_tokens(config)
-    else:
-      configs = hybrid.by_name(config)
-      name = next(iter(configs))
-      configs[name] = first = self._with_tokens(configs[name])
-      parts = {name: parts_lib.Part(one) for name, one in configs.items()}
-      config = configs
+    configs = {
+        name: parts_lib.with_ids(one, self.tokenizer, self.source)
+        for name, one in parts_lib.configs(config, self.new_tokens).items()}
+    name, first = next(iter(configs.items()))
     originals, stats = load_lib.originals(self.source, self._whole), None
     if rows is not None and first.start().informed is not None:
-      changed, stats = statistics.gather(
+      configs[name], stats = statistics.gather(
           first, self._some(rows, first.init_batches, batch_size, seed),
           base=self.base, paths=self.paths, model=self.config,
           settings=step_lib.Settings(
               dtype=self.dtype, remat="full", mesh=self.mesh,
               attention=self._attention("single"), offload=self.offload),
           originals=originals)
-      config = first = changed
-      if parts:
-        config = hybrid.by_name(configs) | {next(iter(parts)): first}
+    model = self._replicated(parts_lib.replication(configs))
     base, tree = adapters_lib.build(
-        jax.random.key(seed), config, self.base, self.paths, originals, donate,
-        modules.geometry(self.config), stats)
-    return self._with(base, tree, first, None, parts)
+        jax.random.key(seed), configs if name else configs[name], self.base,
+        model.paths, originals, donate, modules.geometry(model.config), stats,
+        model.config.layer_order)
+    return model._with(base, tree, configs[name], None, {
+        n: parts_lib.Part(one) for n, one in configs.items() if n})
 
-  def _with_tokens(self, config):
-    """A config that has the ids of the tokens it calls new."""
-    if config.trainable_token_indices == "new":
-      if not self.new_tokens:
-        raise errors.UsageError(
-            'adapter.trainable_token_indices="new", but model.add_tokens names '
-            "none; give ids, or name tokens there")
-      config = dataclasses.replace(
-          config, trainable_token_indices=self.new_tokens)
-    return config
+  def _replicated(self, replication):
+    """The deeper model that `adapter.layer_replication` asks for."""
+    if self.config.layer_order:
+      raise errors.UsageError(
+          "adapter.layer_replication has changed this model's layers; load "
+          "the model again for another adapter")
+    return dataclasses.replace(self, config=self.config.replicated(
+        depth.order(replication, self.config.n_layers)))
 
   def _some(self, rows, number, batch_size, seed):
     """The first batches of an epoch, one example a row, on the devices."""
@@ -171,10 +165,7 @@ class Model:
 
   def _with(self, base, tree, config, text, parts):
     """With these adapters, and a base that their start may have changed."""
-    first = parts_lib.first(tree, parts)  # No other can have changed it.
-    taken = {name: (a.a0, a.b0)
-             for name, a in (first.layers | first.outer).items()
-             if getattr(a, "a0", None) is not None}
+    taken = parts_lib.taken(tree, parts)
     replaced = None
     if taken:
       base = self._place(base)
@@ -190,7 +181,8 @@ class Model:
           "base; load the model again for another adapter")
 
   def with_adapter(
-      self, folder: str | pathlib.Path, *, dropout: float | None = None
+      self, folder: str | pathlib.Path, *, dropout: float | None = None,
+      donate: bool = False
   ) -> Model:
     """With the adapter of a PEFT folder, or the parts of several.
 
@@ -198,6 +190,7 @@ class Model:
       folder: holds `adapter_config.json` and `adapter_model.safetensors`, or
         `hybrid.json` (`export.hybrid`).
       dropout: rate of further training; the folder's own by default.
+      donate: see `adapt`.
 
     Raises:
       errors.UserError: if it cannot be read, or belongs to another base.
@@ -206,9 +199,10 @@ class Model:
     names = hybrid_export.order(folder)
     if names is not None:
       return parts_lib.read(self, folder, names, dropout)
+    model = self._replicated(peft.replication(folder))
     loaded = peft.read(
-        folder, self.paths, modules.shapes(self.config),
-        hf.fused_modules(self.config), modules.geometry(self.config))
+        folder, model.paths, modules.shapes(model.config),
+        hf.fused_modules(model.config), modules.geometry(model.config))
     if loaded.fingerprint not in (None, self.fingerprint):
       raise errors.UserError(
           f"{folder}: the adapter was trained on a base with fingerprint "
@@ -216,7 +210,7 @@ class Model:
           f"{self.fingerprint[:12]}; give the model it was trained on")
     tree, config, text = loaded.adapters, loaded.config, loaded.peft_config
     targets, overrides = whole.overrides(
-        self.config, self.base, text.get("modules_to_save") or (),
+        model.config, self.base, text.get("modules_to_save") or (),
         loaded.saved, str(folder))
     tree = dataclasses.replace(tree, overrides=overrides)
     config = dataclasses.replace(config, modules_to_save=targets)
@@ -225,9 +219,10 @@ class Model:
       config = dataclasses.replace(config, dropout=dropout).validate()
       text = peft.with_dropout(text, config)
     base = self.base
-    if config.start().decompose is not None:
-      base, tree = self._replaced(loaded, tree)
-    found = self._with(base, adapters_lib.beside(tree, base), config, text, {})
+    if config.start().replaces:
+      base, tree = self._replaced(loaded, tree, donate)
+    tree = adapters_lib.beside(tree, base, model.config.layer_order)
+    found = model._with(base, tree, config, text, {})
     if loaded.replaced not in (None, found.replaced):
       raise errors.UserError(
           f"{folder}: the adapter was trained beside base weights with digest "
@@ -236,17 +231,21 @@ class Model:
           "trained with, on the same kind of machine")
     return found
 
-  def _replaced(self, loaded, tree):
+  def _replaced(self, loaded, tree, donate):
     """(base, adapters with A0 and B0) from which a folder's training began."""
     self._check_whole()
-    start = loaded.config.start()
-    if loaded.replaced is None:
+    start, given = loaded.config.start(), None
+    if start.informed is not None:  # A0 and B0 are in the folder.
+      given = {name: (a.a0, a.b0) for name, a in tree.layers.items()}
+      given |= {name: (a.a0[None], a.b0[None]) for name, a in tree.outer.items()
+                if getattr(a, "a0", None) is not None}
+    elif loaded.replaced is None and start.options:
       # PEFT's randomised SVD draws from torch's generator: what it took out of
       # the base is known up to that draw. The exact SVD is the limit.
       start = adapters_lib.starts.choose("pissa")
     base, factors = adapters_lib.starts.replace(
         start, self.base, assemble.placements(tree),
-        load_lib.originals(self.source, self._whole))
+        load_lib.originals(self.source, self._whole), donate, given)
     return base, adapters_lib.starts.attached(tree, factors)
 
   def encode(
@@ -375,34 +374,7 @@ class Model:
         config, pathlib.Path(workdir))
     return model(outcome.state.params, outcome.base), outcome
 
-  def settings(
-      self, *, layout: str, steps: int, remat: str = "auto",
-      optimizer: str = "adamw",
-      precision: precision_lib.Precision | None = None,
-  ) -> step_lib.Settings:
-    """The static choices of a training step.
-
-    Args:
-      layout: of the rows, "packed" or "single".
-      steps: of the run, which some methods divide into phases.
-      remat: what the backward pass keeps, a key of `models.remat.POLICIES`.
-      optimizer: a key of `optim.OPTIMIZERS`.
-      precision: how the state is stored.
-
-    Raises:
-      errors.UsageError: if the method's options do not fit the steps.
-    """
-    precision = precision or precision_lib.Precision()
-    configs = [part.config for part in self.parts.values()] or [
-        self.adapter_config]
-    return step_lib.Settings(
-        dtype=self.dtype, remat=remat,
-        noise=any(config.dropout > 0 for config in configs),
-        optim_dtype=precision.optim_dtype, optimizer=optimizer,
-        mesh=self.mesh, frozen_matmul=precision.frozen_matmul,
-        attention=self._attention(layout), offload=self.offload,
-        rules=tuple(rule for config in configs for rule in registry.rules(
-            config, steps, self.adapters)))
+  settings = settings_lib.settings
 
   def generate(
       self, prompts: Sequence[Sequence[int] | np.ndarray], **options
@@ -436,9 +408,10 @@ class Model:
 
     Adapters that started by replacing base weights (`adapters.starts`) need
     them replaced again when they are read: `with_adapter` does so, exactly;
-    PEFT does so for PiSSA on an unquantised base. Their *difference* is an
-    ordinary LoRA of twice the rank on the original weights. It computes what
-    was trained if the base is not quantised; if it is, what was trained
+    PEFT does so for PiSSA and OLoRA on an unquantised base. What a start made
+    of rows is in the folder, which is a difference for PEFT. The *difference*
+    is an ordinary LoRA of twice the rank on the original weights. It computes
+    what was trained if the base is not quantised; if it is, what was trained
     beside the quantised residual now stands beside the original weights, and
     differs by the residual's quantisation error. (`save_merged` is exact.)
 
@@ -454,15 +427,19 @@ class Model:
       return parts_lib.save(self, pathlib.Path(folder), difference)
     config = self.peft_config or peft.peft_config(
         self.adapter_config, self.adapters, self.paths, self.source)
-    tree, replaced = self.adapters, self.replaced
-    if difference and replaced is not None:
+    tree, replaced, began = self.adapters, self.replaced, None
+    if replaced is not None and not adapters_lib.starts.derived(
+        self.adapter_config.init):
+      began = {key: config[key] for key in difference_lib.BEGAN}
+    if replaced is not None and (difference or began):
       tree, config = difference_lib.convert(tree, config)
-      replaced = None
+    if difference:
+      replaced = began = None
     peft.write(
         pathlib.Path(folder), tree, config, self.paths, self.fingerprint,
         hf.fused_modules(self.config), replaced,
         whole.tables(tree, self.base) if self.resized else None,
-        self.tokenizer if self.new_tokens else None)
+        self.tokenizer if self.new_tokens else None, began)
 
   @property
   def mergeable(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import Any, TYPE_CHECKING
 from lora_jax import adapters as adapters_lib
 from lora_jax import errors
 from lora_jax import processes
+from lora_jax.adapters import hybrid
 from lora_jax.adapters import registry
 from lora_jax.adapters import several
 from lora_jax.export import folders
@@ -36,14 +37,67 @@ class Part:
   peft_config: dict[str, Any] | None = None
 
 
-def first(
+def configs(
+    given: hybrid.Configs, new_tokens: Sequence[int]
+) -> dict[str, adapters_lib.AdapterConfig]:
+  """Configs by the names of their parts; "" is the name of one alone.
+
+  Args:
+    given: see `Model.adapt`.
+    new_tokens: ids of what the first calls new.
+
+  Raises:
+    errors.UsageError: see `hybrid.by_name`; and if there are no new tokens.
+  """
+  found = ({"": given} if isinstance(given, adapters_lib.AdapterConfig)
+           else hybrid.by_name(given))
+  name, one = next(iter(found.items()))
+  if one.trainable_token_indices == "new":
+    if not new_tokens:
+      raise errors.UsageError(
+          'adapter.trainable_token_indices="new", but model.add_tokens names '
+          "none; give ids, or name tokens there")
+    found[name] = dataclasses.replace(
+        one, trainable_token_indices=tuple(new_tokens))
+  return found
+
+
+def with_ids(
+    config: adapters_lib.AdapterConfig, tokenizer: Any, source: str
+) -> adapters_lib.AdapterConfig:
+  """With the ids of a text that virtual tokens start as, where there is one."""
+  config = registry.checked(config)
+  if not getattr(config.options, "text", "") or config.options.ids:
+    return config
+  ids = tuple(tokenizer(config.options.text)["input_ids"])
+  return dataclasses.replace(config, options=dataclasses.replace(
+      config.options, ids=ids, tokenizer=source))
+
+
+def replication(configs: Mapping[str, adapters_lib.AdapterConfig]) -> Any:
+  """`adapter.layer_replication`, of a model with one method.
+
+  Raises:
+    errors.UsageError: if one of several parts asks for it.
+  """
+  found = [c.layer_replication for c in configs.values() if c.layer_replication]
+  if found and len(configs) > 1:
+    raise errors.UsageError(
+        f"adapter.layer_replication={found[0]}: a model with several methods "
+        "keeps its layers; leave it empty, or use one method")
+  return found[0] if found else next(iter(configs.values())).layer_replication
+
+
+def taken(
     tree: adapters_lib.Adapters, parts: Mapping[str, Part]
-) -> adapters_lib.Adapters:
-  """The adapters of the first of several parts, or of the only one."""
-  if not parts:
-    return tree
+) -> dict[str, tuple[Any, Any]]:
+  """By place, the A and B that a start took out of the base's weights.
+
+  Of several parts only the first can have done so.
+  """
   names = list(parts)
-  return several.apart(tree, names)[names[0]]
+  own = several.apart(tree, names)[names[0]] if names else tree
+  return adapters_lib.starts.taken(own)
 
 
 def apart(model: model_lib.Model) -> dict[str, model_lib.Model]:

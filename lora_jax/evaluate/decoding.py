@@ -74,6 +74,7 @@ def prepared(
     adapters: adapters_lib.Adapters | None,
     dtype: str,
     mesh: Mesh | None = None,
+    order: tuple[int, ...] = (),
 ) -> tuple[decoder.Base, adapters_lib.Adapters | None]:
   """Both trees with what every token would compute anew computed once.
 
@@ -87,6 +88,7 @@ def prepared(
     adapters: beside it, or None.
     dtype: of the activations.
     mesh: the devices they are spread over, or None for one.
+    order: the model's `layer_order`.
 
   Returns:
     Trees that compute the same. Codes are shared with `base`; statistics in
@@ -111,7 +113,7 @@ def prepared(
       computed, base, is_leaf=lambda w: isinstance(w, quant.QuantizedArray))
   if adapters is not None:
     adapters = adapters_lib.prepared(
-        dataclasses.replace(adapters, overrides=None), unnested, dtype)
+        dataclasses.replace(adapters, overrides=None), unnested, dtype, order)
   found = jax.tree.map(
       stored, unnested, is_leaf=lambda w: isinstance(w, quant.QuantizedArray))
   if adapters is not None and "embed_tokens" in adapters.outer:

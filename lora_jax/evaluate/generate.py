@@ -110,7 +110,8 @@ def generate(
   prompts = [virtual.ids(ahead, task).tolist() + list(prompt)
              for task, prompt in zip(tasks, prompts, strict=True)]
   dtype = jnp.dtype(dtype).name
-  base, adapters = decoding.prepared(base, adapters, dtype, mesh)
+  base, adapters = decoding.prepared(
+      base, adapters, dtype, mesh, model.layer_order)
   n, b = len(prompts), bucket(len(prompts), 1)
   lengths, limits, numbers = np.zeros((3, b), np.int32)
   lengths[:n] = [len(p) for p in prompts]

@@ -44,6 +44,7 @@ def join(
     config: Mapping[str, Any],
     fused: Fused,
     paths: Mapping[str, Sequence[str]],
+    exact: bool = False,
 ) -> tuple[Tensors, dict[str, Any], dict[str, str]]:
   """From an adapter of the parts to one of the fused modules.
 
@@ -52,13 +53,14 @@ def join(
     config: `adapter_config.json`.
     fused: the model's fused modules; see `hf.fused_modules`.
     paths: the model's module paths by target, the parts' among them.
+    exact: whether `split` must give every bit back.
 
   Returns:
     Tensors, config, and metadata for the file.
 
   Raises:
     errors.UserError: if DoRA adapts some parts only, or a tensor of the
-      method is not one that can be joined.
+      method is not one that can be joined, or not exactly.
   """
   if not fused:
     return named, dict(config), {}
@@ -83,6 +85,11 @@ def join(
           "use --format=hf")
     scales = {p: _alpha(config, p) / _divisor(config, len(t[DOWN]))
               for p, t in parts.items()}
+    if exact and len(set(scales.values())) > 1:
+      raise errors.UserError(
+          f"{whole}: alpha / r differs among its parts, and PEFT has one of "
+          "the whole; what adapter.init made of rows would be rounded: give "
+          "them one, or use --format=hf or another adapter.init")
     ranks = [len(parts[p][DOWN]) if p in parts else 0 for p in sizes]
     scale = next(iter(scales.values()))
     if _shared(list(parts.values()), list(scales.values()), len(sizes)):

@@ -32,6 +32,7 @@ from lora_jax import mesh as mesh_lib
 from lora_jax import processes
 from lora_jax import quant
 from lora_jax import types
+from lora_jax.adapters import runs
 from lora_jax.adapters import targets as targets_lib
 from lora_jax.export import folders
 from lora_jax.export import tensors as tensors_lib
@@ -96,11 +97,11 @@ def _mergeable(model, base, adapters):
     module = layers.get(name)
     if module is None or getattr(module, "bias", 0) is not None:
       continue
+    stack, *_ = next(runs.each(adapter))
     gained = jax.eval_shape(
-        jax.vmap(lambda a: a.bound(adapters.shared).shift(None)), adapter)
+        jax.vmap(lambda a: a.bound(adapters.shared).shift(None)), stack)
     if gained is not None:
-      zeros = jnp.zeros((model.n_layers, module.weight.shape[-1]))
-      layers[name] = dataclasses.replace(module, bias=zeros)
+      layers[name] = dataclasses.replace(module, bias=_zeros(module))
   if all(layers[n] is base.layers[n] for n in layers):
     return model, base
   wanted = {n for n in layers if layers[n] is not base.layers[n]}
@@ -114,9 +115,14 @@ def _mergeable(model, base, adapters):
   for slot in hf.slots(model):
     module = layers.get(slot.target)
     if slot.leaf == "bias" and module is not None and module.bias is None:
-      layers[slot.target] = dataclasses.replace(
-          module, bias=jnp.zeros((model.n_layers, module.weight.shape[-1])))
+      layers[slot.target] = dataclasses.replace(module, bias=_zeros(module))
   return model, dataclasses.replace(base, layers=layers)
+
+
+def _zeros(module):
+  """A bias for each of the base's stacked weights."""
+  depth, _, outputs = module.weight.shape
+  return jnp.zeros((depth, outputs))
 
 
 def _tensors(model, base, adapters, dtype):
@@ -126,8 +132,12 @@ def _tensors(model, base, adapters, dtype):
       name = hf.hf_name(layer, target, parts[0].leaf)
       values = []
       for slot, (leaf, adapter) in zip(parts, pairs, strict=True):
+        where = None
+        if layer is not None:
+          adapter, row = runs.at(adapter, layer)
+          where = model.stored(layer), row
         value, finite = _merge(
-            leaf, adapter, adapters.shared, layer, dtype=dtype,
+            leaf, adapter, adapters.shared, where, dtype=dtype,
             transpose=slot.linear, bias=slot.leaf == "bias")
         if not finite:
           raise errors.UserError(
@@ -149,11 +159,10 @@ def _pair(base, adapters, slot):
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "transpose", "bias"))
-def _merge(leaf, adapter, shared, layer, *, dtype, transpose, bias):
-  if layer is not None:
-    leaf, adapter = jax.tree.map(
-        lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False),
-        (leaf, adapter))
+def _merge(leaf, adapter, shared, where, *, dtype, transpose, bias):
+  if where is not None:
+    leaf, adapter = (adapters_lib.layer(tree, number) for tree, number in zip(
+        (leaf, adapter), where))
   leaf = host_lib.on_device(leaf)
   if adapter is None:
     value = quant.dequantize(leaf, jnp.float32)

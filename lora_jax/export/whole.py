@@ -229,6 +229,11 @@ def overrides(
     if slot.target in targets:
       where[slot.target] = where[slot.target].replace(bias=array)
       continue
+    if slot.stacked and model.layer_order:
+      raise errors.UserError(
+          f"{place}: modules_to_save={list(modules_to_save)} trained copies "
+          f"of {slot.target} in layers that share their weights here; merge "
+          "the adapter with PEFT and use the merged model")
     targets.append(slot.target)
     like = base.layers[slot.target] if slot.stacked else getattr(
         base, slot.target)

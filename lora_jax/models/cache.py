@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from lora_jax import struct
 from lora_jax import types
+from lora_jax.kernels import attention as attention_lib
 from lora_jax.models import config as config_lib
 
 
@@ -152,6 +153,38 @@ def opened(
         values, ((0, 0), (0, 0), (0, s - values.shape[2]), (0, 0)))
 
   return one(new[0]), one(new[1])
+
+
+def with_prefix(
+    ahead: tuple[types.Array, types.Array, types.Array],
+    cached: tuple[types.Array, types.Array] | None,
+    where: tuple,
+    k: types.Array,
+) -> tuple:
+  """(keys and values before the queries' own, where all are), with a prefix.
+
+  Args:
+    ahead: keys and values `[n, k, e]`, at positions -n ... -1, and whether
+      they are seen.
+    cached: `[b, k, s, e]` of earlier tokens, or None.
+    where: positions and segments of queries and of cached keys; the window.
+    k: the tokens' own keys `[b, t, k, e]`.
+  """
+  q_positions, kv_positions, q_segments, kv_segments, window = where
+  b, n = k.shape[0], ahead[0].shape[0]
+  pair = tuple(
+      jnp.broadcast_to(x.astype(k.dtype).swapaxes(0, 1)[None],
+                       (b, k.shape[2], n, k.shape[3])) for x in ahead[:2])
+  positions = jnp.broadcast_to(jnp.arange(-n, 0, dtype=jnp.int32), (b, n))
+  segments = jnp.broadcast_to(
+      jnp.where(ahead[2], attention_lib.EVERY, 0), (b, n)).astype(jnp.int32)
+  if cached is None:
+    return pair, (q_positions, positions, q_segments, segments, window)
+  return tuple(
+      jnp.concatenate([x, old.astype(x.dtype)], 2)
+      for x, old in zip(pair, cached, strict=True)), (
+          q_positions, jnp.concatenate([positions, kv_positions], 1),
+          q_segments, jnp.concatenate([segments, kv_segments], 1), window)
 
 
 def _put(into, values, slots):

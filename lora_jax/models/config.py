@@ -118,6 +118,8 @@ class ModelConfig:
     window_layers: which layers use the window; None is all of them.
     max_position: context length, in tokens.
     bos_ids, eos_ids: ids that open and close a text; perhaps none.
+    layer_order: which layer of the base's stacks each one is, where some are
+      there more than once; () if all are there once, in order.
   """
 
   family: str
@@ -149,6 +151,20 @@ class ModelConfig:
   max_position: int = 2048
   bos_ids: tuple[int, ...] = ()
   eos_ids: tuple[int, ...] = ()
+  layer_order: tuple[int, ...] = ()
+
+  def replicated(self, order: tuple[int, ...]) -> ModelConfig:
+    """The model whose layers are those of `order`; () changes nothing."""
+    if not order:
+      return self
+    windows = self.window_layers
+    return dataclasses.replace(
+        self, n_layers=len(order), layer_order=order,
+        window_layers=windows and tuple(windows[i] for i in order))
+
+  def stored(self, layer: int) -> int:
+    """Where a layer's weights are in the base's stacks."""
+    return self.layer_order[layer] if self.layer_order else layer
 
   def windows(self) -> tuple[int, ...] | None:
     """Window of every layer, `[l]` tokens; None if no layer has one."""

@@ -139,8 +139,8 @@ def layer(
         [None if noise is None else noise.for_target(name) for name in names],
         context.join, keep)
 
-  def one(x, name):
-    found, = project(x, name)
+  def one(x, name, noise=noise):
+    found, = project(x, name, noise=noise)
     return found
 
   block, mlp_block = adapters.get("self_attn"), adapters.get("mlp")
@@ -180,7 +180,7 @@ def layer(
       scale=config.attn_scale, softcap=config.attn_softcap)
   ahead = None if block is None else block.prefix()
   if ahead is not None:
-    cached, where = _with_prefix(ahead, cached, where, k)
+    cached, where = cache_lib.with_prefix(ahead, cached, where, k)
   if cached is None:
     o = attention_lib.attention(
         q, k, v, *where, options=context.attention, keep=keep, **how)
@@ -188,8 +188,10 @@ def layer(
     o = attention_lib.cached_attention(q, k, v, cached, *where, **how)
   if block is not None:
     scale = config.attn_scale
+    # What an adapter projects are no tokens, for which noise is drawn.
     o = block.attended(
-        q, o, one, config.head_dim ** -0.5 if scale is None else scale)
+        q, o, lambda x, name: one(x, name, None),
+        config.head_dim ** -0.5 if scale is None else scale)
   o = one(o.reshape(b, t, -1), "o_proj")
   if block is not None:
     o = block.residual(x, o, draw("self_attn"))
@@ -217,33 +219,6 @@ def layer(
 
 def _norm_scale(weight, adapter):
   return weight if adapter is None else adapter.merge(weight)
-
-
-def _with_prefix(ahead, cached, where, k):
-  """(keys and values before the queries' own, where all are), with a prefix.
-
-  Args:
-    ahead: keys and values `[n, k, e]`, at positions -n ... -1, and whether
-      they are seen; see `Adapter.prefix`.
-    cached: see `layer`.
-    where: positions and segments of queries and of cached keys; the window.
-    k: the tokens' own keys `[b, t, k, e]`.
-  """
-  q_positions, kv_positions, q_segments, kv_segments, window = where
-  b, n = k.shape[0], ahead[0].shape[0]
-  pair = tuple(
-      jnp.broadcast_to(x.astype(k.dtype).swapaxes(0, 1)[None],
-                       (b, k.shape[2], n, k.shape[3])) for x in ahead[:2])
-  positions = jnp.broadcast_to(jnp.arange(-n, 0, dtype=jnp.int32), (b, n))
-  segments = jnp.broadcast_to(
-      jnp.where(ahead[2], attention_lib.EVERY, 0), (b, n)).astype(jnp.int32)
-  if cached is None:
-    return pair, (q_positions, positions, q_segments, segments, window)
-  return tuple(
-      jnp.concatenate([x, old.astype(x.dtype)], 2)
-      for x, old in zip(pair, cached, strict=True)), (
-          q_positions, jnp.concatenate([positions, kv_positions], 1),
-          q_segments, jnp.concatenate([segments, kv_segments], 1), window)
 
 
 def forward(
@@ -292,7 +267,7 @@ def forward(
     tokens appended (None without one).
   """
   adapters = adapters or adapters_lib.Adapters()
-  trained = _trained(adapters)
+  trained, frozen = _trained(adapters), base.layers
   base = combined(base, adapters)
   empty = cache is not None and attention.layout == "single"
   read = None if empty else cache
@@ -324,8 +299,10 @@ def forward(
   common, known = adapters_lib.split(adapters.shared)
 
   def body(shared, hidden, xs, keep):
-    context, noise, known = shared
+    context, noise, known, past = shared
     index, weights, layer_adapters, window, cached, common = xs
+    if past is not None:
+      cached = adapters_lib.layer(past, index)
     draw = None if noise is None else noise.at_layer(index)
     weights = sharding.housed(mesh, sharding.gathered(mesh, weights, dtype))
     weights = fp8.marked(weights, frozen_matmul, trained)
@@ -350,25 +327,46 @@ def forward(
     slots = cache.positions.shape[1]
     return cache_lib.opened(new, slots, cache.k.dtype) if empty else new
 
-  xs = (
-      jnp.arange(config.n_layers, dtype=jnp.int32),
-      base.layers,
-      adapters.layers,
-      None if windows is None else jnp.asarray(windows, jnp.int32),
-      None if read is None else (read.k, read.v),
-      # What all layers train has a gradient from each: a stack of its copies.
-      jax.tree.map(lambda x: jnp.broadcast_to(
-          x, (config.n_layers, *x.shape)), common),
-  )
+  past = None if read is None else (read.k, read.v)
+
+  def inputs(start, stop, weights, past):
+    """What the scan over layers `start` to `stop` goes by."""
+    own = adapters_lib.of_layers(adapters.layers, start, stop)
+    return (
+        jnp.arange(start, stop, dtype=jnp.int32), weights, own,
+        None if windows is None else jnp.asarray(
+            windows[start:stop], jnp.int32),
+        past,
+        # What all layers train has a gradient from each: a stack of copies.
+        jax.tree.map(lambda x: jnp.broadcast_to(
+            x, (stop - start, *x.shape)), common) if own else None)
+
   # Looked up where the parts of the table are, then exchanged: what is looked
   # up is less than the table.
   hidden = sharding.rows(
       mesh, _embed(base, adapters, tokens, dtype, config.embed_scale),
       "requests", None, "model")
-  hidden, new = stream.scan(
-      body, (context, noise, known), sharding.rows(mesh, hidden), xs,
-      remat=remat,
-      gathers=sharding.gathers(mesh), spill=spill)
+  hidden = sharding.rows(mesh, hidden)
+  options: dict[str, Any] = dict(
+      remat=remat, gathers=sharding.gathers(mesh), spill=spill)
+  spans = adapters_lib.spans(adapters.layers, config.n_layers)
+  if len(spans) == 1 and not config.layer_order:
+    hidden, new = stream.scan(
+        body, (context, noise, known, None), hidden,
+        inputs(*spans[0], base.layers, past), **options)
+  else:
+    own = getattr(adapters.overrides, "layers", None)
+    stacks = (None, trees.without(frozen, own), *[None] * 4)
+    order = config.layer_order or tuple(range(config.n_layers))
+    parts = []
+    for start, stop in spans:
+      weights = jax.tree.map(lambda x: x[start:stop], own)  # noqa: B023
+      hidden, new = stream.scan(
+          body, (context, noise, known, past), hidden,
+          inputs(start, stop, weights, None), stacks=stacks,
+          order=order[start:stop], **options)
+      parts.append(new)
+    new = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
   if read is not None:
     cache = cache_lib.append(read, new, positions, segment_ids)
   elif cache is not None:
@@ -464,6 +462,7 @@ def _prefix_length(adapters) -> int:
   block = adapters.layers.get("self_attn")
   if block is None:
     return 0
+  block, *_ = next(adapters_lib.stacks(block))
   ahead = jax.eval_shape(
       jax.vmap(lambda one: one.bound(adapters.shared).prefix()), block)
   return 0 if ahead is None else ahead[0].shape[1]

@@ -207,7 +207,8 @@ def state(
   """
   for target, parts in groups(config):
     for layer in range(config.n_layers) if parts[0].stacked else (None,):
-      arrays = [_plain(base, slot, layer, dtype) for slot in parts]
+      stored = None if layer is None else config.stored(layer)
+      arrays = [_plain(base, slot, stored, dtype) for slot in parts]
       yield hf_name(layer, target, parts[0].leaf), (
           np.concatenate(arrays) if len(arrays) > 1 else arrays[0])
 

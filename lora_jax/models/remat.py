@@ -31,7 +31,9 @@ USED = "used"
 def _all_but_used(primitive, *unused, **parameters) -> bool:
   if primitive.name == "name":
     return parameters["name"] != USED
-  return primitive.name != "sharding_constraint"
+  # The last two are how a layer is read out of a stack.
+  return primitive.name not in (
+      "sharding_constraint", "dynamic_slice", "squeeze")
 
 
 POLICIES: dict[str, Any] = {

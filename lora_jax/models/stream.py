@@ -16,6 +16,10 @@ it puts them in again and pulls the cotangent through, from the last layer on.
 
 What is in host memory is frozen. Which of the other inputs are trained is
 known to the caller's `grad`; only these are differentiated.
+
+Some layers of a stack, or some more than once, are scanned by their numbers:
+each is read where it is used, as `lax.scan` reads `xs`. A part of the stack
+under `jit` would be a copy of it.
 """
 
 from __future__ import annotations
@@ -43,6 +47,7 @@ class Options(NamedTuple):
   remat: str
   gathers: bool
   spill: bool
+  order: tuple[int, ...]
 
 
 def scan(
@@ -54,6 +59,8 @@ def scan(
     remat: str = "none",
     gathers: bool = False,
     spill: bool = False,
+    stacks: types.Tree = None,
+    order: tuple[int, ...] = (),
 ) -> tuple[types.Tree, types.Tree]:
   """`lax.scan` of a layer under a remat policy.
 
@@ -66,11 +73,21 @@ def scan(
     remat: what the backward pass keeps, a key of `remat.POLICIES`.
     gathers: see `remat.wrap`.
     spill: whether what it keeps is kept in host memory.
+    stacks: what `xs` lacks, a partial tree of its structure, frozen: the
+      layer `order[n]` of each leaf is there in iteration n.
+    order: static, as long as `xs`.
 
   Returns:
     The last carry, and the stacked outputs.
   """
-  away = jax.tree.map(lambda x: x if host_lib.in_host(x) else None, xs)
+  away = jax.tree.map(
+      lambda x: x if host_lib.in_host(x) else None,
+      xs if stacks is None else stacks)
+  if stacks is not None:
+    near = jax.tree.map(
+        lambda x: None if host_lib.in_host(x) else x, stacks)
+    body, gathers = functools.partial(_reading, body), True
+    shared, xs, away = (shared, near), (jnp.asarray(order), xs), (None, away)
   if not spill and not jax.tree.leaves(away):
     if remat in remat_lib.BY_NAME:
       return tape.scan(body, shared, carry, xs)
@@ -79,8 +96,21 @@ def scan(
             lambda carry, xs: body(shared, carry, xs, keep_lib.named), remat,
             gathers), carry, xs)
   rest = jax.tree.map(lambda x: None if host_lib.in_host(x) else x, xs)
-  options = Options(remat, gathers or bool(jax.tree.leaves(away)), spill)
+  options = Options(
+      remat, gathers or bool(jax.tree.leaves(away)), spill, order)
   return _scan(body, options, shared, carry, rest, away)
+
+
+def _reading(body, shared, carry, xs, keep):
+  """A body that is given layers out of stacks, by their numbers."""
+  shared, stacks = shared
+  number, xs = xs
+  found = jax.tree.map(
+      lambda x: ad_checkpoint.checkpoint_name(
+          jax.lax.dynamic_index_in_dim(
+              x, number, keepdims=False, allow_negative_indices=False),
+          remat_lib.USED), stacks)
+  return body(shared, carry, trees.combine(xs, found), keep)
 
 
 def _depth(*stacks: types.Tree) -> int:
@@ -109,19 +139,32 @@ def _next(number: jax.Array) -> jax.Array:
   return number.astype(jnp.uint32) + 1
 
 
+def _place(order: tuple[int, ...], number: Any) -> Any:
+  """Where the layer of iteration `number` is in its stack; see `_copy`.
+
+  Beyond the first and the last it is any layer.
+  """
+  if not order:
+    return number
+  if order == tuple(range(order[0], order[0] + len(order))):
+    return number + order[0]
+  # Not linear: on a GPU these copies are kernels.
+  return jax.lax.dynamic_index_in_dim(
+      jnp.asarray(order), number, keepdims=False,
+      allow_negative_indices=False)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _scan(body, options, shared, carry, rest, away):
-  del options
-
   def step(state, rest):
     number, carry, ready = state
-    coming = _copy(away, _next(number))
+    coming = _copy(away, _place(options.order, _next(number)))
     carry, ys = body(
         shared, carry, trees.combine(ready, rest), keep_lib.named)
     return (number + 1, carry, coming), ys
 
   (_, carry, _), ys = jax.lax.scan(
-      step, (jnp.int32(0), carry, _copy(away, 0)), rest,
+      step, (jnp.int32(0), carry, _copy(away, _place(options.order, 0))), rest,
       _depth(rest, away))
   return carry, ys
 
@@ -161,7 +204,7 @@ def _forward(body, options, shared, carry, rest, away):
   def step(state, xs):
     number, carry, ready = state
     trained, frozen = xs
-    coming = _copy(away, _next(number))
+    coming = _copy(away, _place(options.order, _next(number)))
 
     def layer(carry, trained):
       weights = jax.tree.map(
@@ -178,9 +221,11 @@ def _forward(body, options, shared, carry, rest, away):
     return (number + 1, carry, coming), (ys, saved)
 
   (_, carry, last), (ys, saved) = jax.lax.scan(
-      step, (jnp.int32(0), carry, _copy(away, 0)), (trained, frozen),
-      _depth(trained, frozen, away))
-  # The last copy is that of the last layer again: the first one back.
+      step, (jnp.int32(0), carry, _copy(away, _place(options.order, 0))),
+      (trained, frozen), _depth(trained, frozen, away))
+  # Of a whole stack the last copy is that of the last layer again: the first
+  # one back.
+  last = None if options.order else last
   return (carry, ys), (saved, shared, trained, frozen, away, last)
 
 
@@ -192,7 +237,7 @@ def _spilled(saved: types.Tree, carry: types.Tree) -> types.Tree:
 
 
 def _backward(body, options, residuals, cotangents):
-  del body, options
+  del body
   saved, shared, trained, frozen, away, last = residuals
   d_carry, d_ys = jax.tree.map(_dense, cotangents, is_leaf=_is_zero)
   spilled = jax.tree.map(lambda x: x if host_lib.in_host(x) else None, saved)
@@ -203,12 +248,16 @@ def _backward(body, options, residuals, cotangents):
   def step(state, xs):
     number, d_carry, ready, back = state
     near, trained, frozen, d_ys = xs
-    coming = _copy((away, spilled), depth - 2 - number)
+    before = depth - 2 - number
+    coming = (_copy(away, _place(options.order, before)),
+              _copy(spilled, before))
     pullback = _with(
         trees.combine(back, near), (shared, trained, frozen, ready))
     d_carry, d_trained = pullback((d_carry, d_ys))
     return (number + 1, d_carry, *coming), d_trained
 
+  if options.order:
+    last = _copy(away, _place(options.order, depth - 1))
   start: Any = jnp.int32(0), d_carry, last, _copy(spilled, depth - 1)
   (_, d_carry, *_), d_trained = jax.lax.scan(
       step, start, (near, trained, frozen, d_ys), depth, reverse=True)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import adapters
 from lora_jax import host as host_lib
 from lora_jax import types
 from lora_jax.models import config as config_lib
@@ -133,7 +134,10 @@ class Step:
     rows = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self.batch)
     # Of inputs there is one more; see `models.tape`.
-    leads = [(self.model.n_layers + n, rows.tokens.shape[0]) for n in (0, 1)]
+    depths = [stop - start for start, stop in adapters.spans(
+        self.frozen.layers, self.model.n_layers)]
+    leads = [(depth + n, rows.tokens.shape[0])
+             for depth in depths for n in (0, 1)]
     t = rows.tokens.shape[1]
 
     def residuals(params, frozen, base, batch, key):

@@ -55,7 +55,7 @@ class Settings:
   Attributes:
     dtype: compute type of activations, one of `precision.COMPUTE`.
     remat: a key of `models.remat.POLICIES`.
-    noise: whether the adapters' dropout is drawn.
+    noise: whether the adapters' dropout, and what else is random, is drawn.
     optim_dtype: how Adam's first moment is stored.
     optimizer: a key of `optim.OPTIMIZERS`.
     mesh: the devices that the trees are spread over, or None for one.

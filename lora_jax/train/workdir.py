@@ -7,6 +7,8 @@
   samples.md        generations during training
   checkpoints/      orbax
   adapter/          PEFT format, the best step
+  start/            likewise, before the first; with an adapter.init that looks
+                    at rows only
   summary.json      the result
   loss.png          the curves
   sinks/            ids of the run at W&B, MLflow; with log.sinks only, as are

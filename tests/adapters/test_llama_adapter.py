@@ -155,6 +155,23 @@ def test_cached_generation_and_bfloat16():
   assert tiny.distance(small.astype(jnp.float32), exact) < 2e-2
 
 
+def test_projections_that_drop_of_their_input_keep_all_of_a_prompt():
+  """LoRA's dropout is drawn for examples, and a prompt belongs to none."""
+  base, tree = adapters_lib.build(
+      jax.random.key(3), {
+          "prompts": contract.block("llama_adapter"),
+          "lora": contract.block(
+              "lora", targets="k_proj", dropout=0.5, rank_pattern={})},
+      contract.quantised("none"), modules.paths(contract.CONFIG),
+      geometry=contract.GEOMETRY)
+  value, grads = contract.gradient(
+      *adapters_lib.split(contract.moved(tree)), base,
+      contract.stacked(contract.batch()), jax.random.key(0), noise=True)
+  assert np.isfinite(value)
+  for leaf in jax.tree.leaves(grads):
+    assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0
+
+
 def test_published_count():
   """1.2M parameters: the last 30 layers of LLaMA-7B, 10 tokens in each."""
   g = adapters_lib.Geometry(d=4096, f=11008, h=32, k=32, e=128, l=32, v=32000)

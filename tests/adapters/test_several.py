@@ -10,6 +10,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from lora_jax import adapters as adapters_lib
@@ -17,6 +18,7 @@ from lora_jax import errors
 from lora_jax import quant
 from lora_jax import trees
 from lora_jax.adapters import base as base_lib
+from lora_jax.adapters import rules
 from lora_jax.adapters import several
 from lora_jax.models import decoder
 from tests import tiny
@@ -89,7 +91,8 @@ def test_every_hook_of_an_adapter_is_passed_on():
   hooks = {name for name, value in vars(base_lib.Adapter).items()
            if inspect.isfunction(value) or isinstance(value, property)
            or name in base_lib.Adapter.__annotations__}
-  own = {"active", "_saved", "to_peft", "rank"}  # Of a part, by itself.
+  # Of a part, by itself.
+  own = {"active", "_saved", "to_peft", "rank", "resized"}
   missing = {name for name in hooks - set(vars(several.Several)) - own
              if not name.startswith("__") and name != "replace"}
   assert not missing
@@ -288,6 +291,43 @@ def test_what_stands_in_the_way_of_merging():
   assert several.before(tree, "ia3", ["lora"]) == ("down_proj", "lora")
 
 
+def test_a_rule_of_a_part_does_what_it_does_alone():
+  """AdaLoRA prunes its own, of which it has as many beside a LoRA; the
+  optimiser is one for both."""
+  configs = {
+      "lora": block("lora"), "ada": block(
+          "adalora", rank=4, targets="q_proj,down_proj",
+          options={"target_r": 1, "tinit": 1, "tfinal": 1})}
+  _, tree = build(configs)
+  tree = contract.moved(tree)
+  parts = several.apart(tree, list(configs))
+  params, alone = (adapters_lib.split(t)[0] for t in (tree, parts["ada"]))
+  rule, = rules.of_parts(configs, 5, tree)
+  single, = rules.of_parts({"": configs["ada"]}, 5, parts["ada"])
+  assert rule.penalty(params) == single.penalty(alone) > 0
+  both, one = (r.wrap(optax.adam(1e-2)) for r in (rule, single))
+  adam = optax.adam(1e-2)
+  plain = several.apart(params, list(configs))["lora"]
+  states = both.init(params), one.init(alone), adam.init(plain)
+  rng = np.random.default_rng(0)
+  for _ in range(5):
+    grads = jax.tree.map(
+        lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), params)
+    own = several.apart(grads, list(configs))
+    ours, first = both.update(grads, states[0], params, frozen=tree)
+    theirs, second = one.update(own["ada"], states[1], alone, frozen=alone)
+    rest, third = adam.update(own["lora"], states[2], plain)
+    states = first, second, third
+    found = several.apart(ours, list(configs))
+    for a, b in ((found["ada"], theirs), (found["lora"], rest)):
+      jax.tree.map(np.testing.assert_array_equal, a, b)
+    params, alone, plain = (optax.apply_updates(*pair) for pair in (
+        (params, ours), (alone, theirs), (plain, rest)))
+  left = [np.asarray(one.parts["ada"].e) != 0
+          for one in params.layers.values()]
+  assert sum(x.sum() for x in left) == 6  # One of four, of six matrices.
+
+
 @pytest.mark.parametrize("configs, message", [
     ([], "there is no adapter block"),
     ({"q_proj": block("lora")}, '"q_proj" is a module'),
@@ -299,6 +339,8 @@ def test_what_stands_in_the_way_of_merging():
      'hybrid.dora.targets: "x_proj" matches no module'),
     ([block("lora"), block("dora", init="pissa")],
      "hybrid.dora.init=pissa replaces weights"),
+    ([block("lora"), block("lora", init="eva")],
+     "hybrid.lora_2.init=eva replaces weights of the base or looks at rows"),
     ([block("lora"), block("dora", modules_to_save=("norm",))],
      "hybrid.dora.modules_to_save belongs to the first"),
     ([block("lora", modules_to_save=("up_proj",)),

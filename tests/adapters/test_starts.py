@@ -261,7 +261,8 @@ def test_random_directions_are_the_same_of_a_and_b():
     (dict(init="lora_ga", init_options={"stable_gamma": 0}), "out of range"),
     (dict(init="pissa", init_options={"rho": 2}), "init=pissa has none"),
     (dict(init="eva", init_batches=0), "init_batches=0 is out of range"),
-    (dict(init="olora", method="vera"), "is for lora, rslora, dora"),
+    (dict(init="olora", method="vera"), "is for lora, rslora, dora;"),
+    (dict(init="gaussian", method="ia3"), "is for lora, rslora, dora, hira;"),
 ])
 def test_blocks_that_cannot_be(fields, message):
   with pytest.raises(errors.UsageError, match=message):

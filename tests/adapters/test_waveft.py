@@ -9,6 +9,7 @@ import pytest
 from lora_jax import adapters as adapters_lib
 from lora_jax import errors
 from lora_jax.adapters import base
+from lora_jax.adapters import places
 from lora_jax.adapters import registry
 from lora_jax.adapters import waveft
 from lora_jax.adapters import wavelets
@@ -21,8 +22,8 @@ def test_one_coefficient_by_hand():
   rows, columns = waveft._waves(np.array([3]), np.array([0]), (2, 4), "db1")
   assert (rows.tolist(), columns.tolist()) == ([1], [1])
   adapter = waveft.WaveFT(
-      spectrum=np.float32([3]), scale=np.float32(2), rank=np.int32(1),
-      rows=rows, columns=columns)
+      spectrum=np.float32([3]), scale=np.float32(2), rank=np.int32(1)
+  ).bound(places.shared({"": (rows, columns)}))
   w = np.zeros((2, 4), np.float32)
   delta = np.float32([[0, 0, 3, 3], [0, 0, -3, -3]])
   np.testing.assert_allclose(adapter.merge(w), delta, atol=1e-6)

@@ -243,7 +243,7 @@ def saved(tmp_path_factory):
 REFUSED = {
     "bias": ("all", "bias='all'.*merge"),
     "modules_to_save": (["lm_head"], "modules_to_save"),
-    "layer_replication": ([[0, 2]], "layer_replication"),
+    "layer_replication": ([[0, 2], [1, 2]], "layer_replication.*of 3 layers"),
     "trainable_token_indices": ([1], "trainable_token_indices"),
     "target_parameters": (["x"], "target_parameters"),
     "alora_invocation_tokens": ([1], "alora_invocation_tokens"),

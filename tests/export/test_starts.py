@@ -88,6 +88,7 @@ def test_a_quantised_base_comes_nearer_to_the_original(start, method, models):
 
 @pytest.mark.parametrize("method, fmt, start", [
     ("lora", "none", "pissa"), ("rslora", "nf4", "pissa_niter_2"),
+    ("lora", "nf4", "olora"), ("dora", "none", "orthogonal"),
     ("dora", "nf4", "loftq")])
 def test_a_folder_gives_the_model_back(method, fmt, start, models, tmp_path):
   if start == "loftq":
@@ -114,12 +115,14 @@ def test_a_folder_of_another_base_is_refused(models, folder, tmp_path):
       other.with_adapter(tmp_path / "a")
 
 
-@pytest.mark.parametrize("method", ["lora", "rslora"])
+@pytest.mark.parametrize("method, start", [
+    ("lora", "pissa"), ("rslora", "pissa"), ("dora", "pissa"),
+    ("lora", "olora")])
 def test_peft_reads_the_difference_on_the_original_base(
-    method, models, folder, tmp_path):
+    method, start, models, folder, tmp_path):
   peft = pytest.importorskip("peft")
 
-  model = trained(models["none"].adapt(block("pissa", method)))
+  model = trained(models["none"].adapt(block(start, method)))
   model.save(tmp_path / "a", difference=True)
   loaded = peft.PeftModel.from_pretrained(torch_model(folder), tmp_path / "a")
   assert tiny.distance(
@@ -152,17 +155,13 @@ def test_the_difference_of_a_quantised_run_is_off_by_the_residuals_error(
     assert float(jnp.abs(error).max()) > 1e-3
 
 
-def test_doras_difference_is_refused(models, tmp_path):
-  model = models["none"].adapt(block("pissa", "dora"))
-  with pytest.raises(errors.UserError, match="no difference of low ranks"):
-    model.save(tmp_path / "a", difference=True)
-  assert not list(tmp_path.iterdir())
-
-
-def test_peft_reads_the_folder_as_it_is(models, folder, tmp_path):
+@pytest.mark.parametrize("start, method", [
+    ("pissa", "dora"), ("olora", "rslora"), ("orthogonal", "lora")])
+def test_peft_reads_the_folder_as_it_is(
+    start, method, models, folder, tmp_path):
   peft = pytest.importorskip("peft")
 
-  model = trained(models["none"].adapt(block("pissa", "dora")))
+  model = trained(models["none"].adapt(block(start, method)))
   model.save(tmp_path / "a")
   loaded = peft.PeftModel.from_pretrained(torch_model(folder), tmp_path / "a")
   assert tiny.distance(
@@ -170,7 +169,7 @@ def test_peft_reads_the_folder_as_it_is(models, folder, tmp_path):
 
 
 @pytest.mark.parametrize("start, tolerance", [
-    ("pissa", 2e-5), ("pissa_niter_500", 1e-3)])
+    ("pissa", 2e-5), ("pissa_niter_500", 1e-3), ("olora", 2e-5)])
 def test_an_unconverted_folder_of_peft(
     start, tolerance, models, folder, tmp_path):
   torch = pytest.importorskip("torch")

@@ -18,10 +18,15 @@ import optax
 import pytest
 
 from lora_jax import adapters as adapters_lib
+from lora_jax import api
+from lora_jax import errors
 from lora_jax import trees
 from lora_jax.adapters import method
 from lora_jax.adapters import registry
+from lora_jax.data import dataset
+from lora_jax.data import templates
 from lora_jax.train import checkpoint
+from lora_jax.train import loop
 from lora_jax.train import optim
 from lora_jax.train import precision
 from lora_jax.train import step
@@ -129,7 +134,7 @@ def test_adalora_in_every_number_format_and_over_a_restart(tmp_path):
   base, params, frozen, rules = adalora()
   stored = precision.Precision(
       adapter_dtype="bfloat16", optim_dtype="bfloat16", loss_scale=2.0**10)
-  # On a mesh of one, as everything is then; see `host.home`.
+
   def fresh():
     return step.init_state(
         params, stored, "float16", "adamw8bit", ("optimiser",), rules)
@@ -168,6 +173,27 @@ def test_adalora_in_every_number_format_and_over_a_restart(tmp_path):
     again, _ = forward(again)
   for new, old in zip(jax.tree.leaves(again), jax.tree.leaves(state)):
     np.testing.assert_array_equal(new, old)
+
+
+def test_a_run_logs_the_penalty_and_ends_pruned(tmp_path):
+  model = api.Model(
+      config=contract.CONFIG, base=contract.quantised("none"), tokenizer=None,
+      fingerprint="0" * 64, source="tiny").adapt(
+          method="adalora", rank=4, targets="q_proj", options={"target_r": 2})
+  rows = dataset.of([templates.Encoded(
+      tokens=np.arange(9, dtype=np.int32), weights=np.ones(9, np.float32))])
+  trained, _ = model.train(rows, workdir=tmp_path, config=loop.TrainConfig(
+      steps=2, batch_size=1))
+  assert left(trained.adapters) == 6
+  lines = [json.loads(line) for line in
+           (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  params, _ = adapters_lib.split(model.adapters)
+  assert lines[0]["penalty"] == pytest.approx(float(
+      registry.rules(model.adapter_config, 2, model.adapters)[0].penalty(
+          params)), rel=1e-5)
+  late = model.adapt(method="adalora", rank=8, options={"tinit": 9})
+  with pytest.raises(errors.UsageError, match="leave none of"):
+    late.train(rows, workdir=tmp_path / "b", config=loop.TrainConfig(steps=9))
 
 
 def test_adalora_on_eight_devices_prunes_what_it_does_on_one():

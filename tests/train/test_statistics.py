@@ -6,6 +6,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import json
+import os
+import pathlib
+import subprocess
 import sys
 
 import jax
@@ -287,3 +291,15 @@ def test_a_tied_head_has_no_weight_of_its_own(base):
         adapters_lib.AdapterConfig(init="eva", targets="lm_head"), BATCHES,
         base=base.replace(lm_head=None), paths=PATHS, model=tied,
         settings=SETTINGS)
+
+
+def test_sums_over_rows_that_are_cut_over_devices():
+  done = subprocess.run(
+      [sys.executable, "-m", "tests.train.statistics_mesh"],
+      cwd=pathlib.Path(__file__).parents[2], text=True, capture_output=True,
+      timeout=240, check=False, env=os.environ | {
+          "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+          "JAX_PLATFORMS": "cpu"})
+  assert done.returncode == 0, done.stderr
+  for distances in json.loads(done.stdout.splitlines()[-1]).values():
+    assert max(distances) < 1e-5

@@ -47,6 +47,7 @@ from lora_jax.adapters.starts.replacing import digest
 from lora_jax.adapters.starts.replacing import original
 from lora_jax.adapters.starts.replacing import Originals
 from lora_jax.adapters.starts.replacing import replace
+from lora_jax.adapters.starts.replacing import taken
 from lora_jax.adapters.starts.table import choose
 from lora_jax.adapters.starts.table import derived
 from lora_jax.adapters.starts.table import replaces
@@ -55,5 +56,5 @@ from lora_jax.adapters.starts.table import Start
 __all__ = [
     "Originals", "Start", "attached", "choose", "components", "derived",
     "digest", "embedding", "gaussian", "kaiming", "original", "orthogonal",
-    "redistributed", "replace", "replaces",
+    "redistributed", "replace", "replaces", "taken",
 ]

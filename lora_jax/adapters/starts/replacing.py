@@ -16,6 +16,7 @@ from lora_jax import host as host_lib
 from lora_jax import mesh as mesh_lib
 from lora_jax import quant
 from lora_jax import types
+from lora_jax.adapters import runs
 from lora_jax.adapters.starts import decomposed
 from lora_jax.adapters.starts import table
 
@@ -76,20 +77,56 @@ def replace(
   return tree, found
 
 
-def attached(adapters: types.Tree, factors: Factors) -> types.Tree:
+def attached(
+    adapters: types.Tree,
+    factors: Factors) -> types.Tree:
   """Adapters with the A0 and B0 that `replace` found, where it found some."""
 
-  def attach(name, adapter):
+  def stacked(name, adapter):
     if name not in factors:
       return adapter
     a, b = factors[name]
-    if name in adapters.outer:
-      a, b = a[0], b[0]
-    return adapter.replace(a0=a, b0=b)
+
+    def attach(stack, start, stop):
+      width = stack.a.shape[-1]
+      return stack.replace(a0=a[start:stop, :, :width],
+                           b0=b[start:stop, :width])
+
+    return runs.mapped(attach, adapter)
+
+  def outer(name, adapter):
+    if name not in factors:
+      return adapter
+    a, b = factors[name]
+    return adapter.replace(a0=a[0], b0=b[0])
 
   return adapters.replace(
-      layers={k: attach(k, v) for k, v in adapters.layers.items()},
-      outer={k: attach(k, v) for k, v in adapters.outer.items()})
+      layers={k: stacked(k, v) for k, v in adapters.layers.items()},
+      outer={k: outer(k, v) for k, v in adapters.outer.items()})
+
+
+def taken(
+    adapters: types.Tree) -> dict[str, tuple[types.Array, types.Array]]:
+  """The A0 and B0 in adapters, as `replace` found them; see `attached`."""
+  found = {name: (one.a0, one.b0) for name, one in adapters.outer.items()
+           if getattr(one, "a0", None) is not None}
+  for name, one in adapters.layers.items():
+    parts = [(stack.a0, stack.b0, start, stop)
+             for stack, start, stop in runs.each(one)
+             if getattr(stack, "a0", None) is not None]
+    if not parts:
+      continue
+    if not isinstance(one, runs.Runs):
+      found[name] = parts[0][:2]
+      continue
+    width = max(a.shape[-1] for a, *_ in parts)
+    whole_a = np.zeros((one.ends[-1], parts[0][0].shape[1], width), np.float32)
+    whole_b = np.zeros((one.ends[-1], width, parts[0][1].shape[2]), np.float32)
+    for a, b, start, stop in parts:
+      whole_a[start:stop, :, :a.shape[-1]] = mesh_lib.fetch(a)
+      whole_b[start:stop, :b.shape[1]] = mesh_lib.fetch(b)
+    found[name] = whole_a, whole_b
+  return found
 
 
 def original(

@@ -16,12 +16,13 @@ from lora_jax.export.peft.names import CONFIG
 from lora_jax.export.peft.names import WEIGHTS
 from lora_jax.export.peft.read import Loaded
 from lora_jax.export.peft.read import read
+from lora_jax.export.peft.read import replication
 from lora_jax.export.peft.write import peft_config
 from lora_jax.export.peft.write import tensors
 from lora_jax.export.peft.write import with_dropout
 from lora_jax.export.peft.write import write
 
 __all__ = [
-    "CONFIG", "WEIGHTS", "Loaded", "peft_config", "read", "tensors",
-    "with_dropout", "write",
+    "CONFIG", "WEIGHTS", "Loaded", "peft_config", "read", "replication",
+    "tensors", "with_dropout", "write",
 ]

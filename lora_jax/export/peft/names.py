@@ -17,6 +17,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FINGERPRINT = "lora_jax.base"
 # Of the base weights that the start of an adapter replaced; see `starts`.
 REPLACED = "lora_jax.replaced"
+# Of an adapter that is written as its difference from its start: what of its
+# config was changed to that end, as JSON; see `difference`.
+BEGAN = "lora_jax.began"
 # Key of a config that PEFT does not know: the adapter block itself.
 OWN = "lora_jax"
 # Initialisations after which the folder needs no other base weights.
@@ -46,7 +49,7 @@ def method_of(
   kind = config.get("peft_type")
   fitting = [
       name for name, form in forms.items() if form.peft_type == kind
-      and all((config.get(k) or False) == v for k, v in form.requires.items())]
+      and all(_is(config.get(k), v) for k, v in form.requires.items())]
   if not fitting:
     known = ", ".join(sorted({form.peft_type for form in forms.values()}))
     raise errors.UserError(
@@ -58,3 +61,10 @@ def method_of(
           f"{place}: {option}={config[option]!r} is not supported; merge the "
           "adapter with PEFT and use the merged model")
   return name, registry.METHODS[name]
+
+
+def _is(value: Any, required: Any) -> bool:
+  """Whether an option is as required; of True and False, whether it is set."""
+  if isinstance(required, bool):
+    return bool(value) == required
+  return value == required

@@ -13,13 +13,17 @@ import numpy as np
 import safetensors
 
 from lora_jax import errors
+from lora_jax.adapters import assemble
 from lora_jax.adapters import base as base_lib
 from lora_jax.adapters import config as config_lib
+from lora_jax.adapters import depth as depth_lib
 from lora_jax.adapters import method as method_lib
 from lora_jax.adapters import registry
+from lora_jax.adapters import runs
 from lora_jax.adapters import starts
 from lora_jax.adapters import targets as targets_lib
 from lora_jax.adapters import tokens as tokens_lib
+from lora_jax.export import difference
 from lora_jax.export import fused as fused_lib
 from lora_jax.export import whole
 from lora_jax.export.peft import names as names_lib
@@ -83,17 +87,19 @@ def read(
   name, row = names_lib.method_of(config, str(place))
   form = row.form if names_lib.OWN not in config else None
   block = _block(config, name, form, place)
+  _check_depth(block, paths, place)
   named, metadata = _read_tensors(folder)
   replaced = metadata.get(names_lib.REPLACED)
   if form is not None and form.peft_type == "LORA":
     init = config.get("init_lora_weights", True)
     # PEFT's LoftQ quantises otherwise.
     if (init == "loftq" and replaced is None) or (
-        init not in names_lib.PLAIN_INITS and not starts.replaces(init)):
+        init not in names_lib.PLAIN_INITS and not starts.derived(init)):
       raise _changed_base(config, place)
     named, config = fused_lib.split(
         named, config, fused or {}, paths, metadata,
         str(folder / names_lib.WEIGHTS))
+    config |= json.loads(metadata.get(names_lib.BEGAN, "{}"))
     block = _block(config, name, form, place)
   tied = "lm_head" not in paths
   bare = {n.removeprefix(names_lib.PREFIX): x for n, x in named.items()}
@@ -104,6 +110,11 @@ def read(
   reader = _Reader(folder, row, block, paths, shapes, geometry)
   if form is not None and form.adapters is not None:
     tree = reader.by_name(rest, form)
+  elif names_lib.BEGAN in metadata:
+    rest, then = difference.halves(rest)
+    tree = difference.rejoined(
+        reader.by_module(rest, outer, form),
+        reader.by_module(then, outer, form))
   else:
     tree = reader.by_module(rest, outer, form)
   block = dataclasses.replace(
@@ -146,20 +157,13 @@ class _Reader:
     modules = self._modules(
         {k: v for k, v in named.items()
          if k.removeprefix(names_lib.SHARED) not in common}, known)
-    layers, found = {}, {}
     adapted = {t: [modules.get(p) for p in group]
                for t, group in self._paths.items() if t not in outer}
     adapted = {t: present for t, present in adapted.items() if any(present)}
     shared = None
     if self._row.share is not None:
       shared = self._shared(common, {t: self._shapes[t] for t in adapted}, form)
-    for target, present in adapted.items():
-      group = self._paths[target]
-      stack = self._stack(target, group, present, shared)
-      if len(group) > 1 or ".layers." in group[0]:
-        layers[target] = jax.tree.map(lambda *x: np.stack(x), *stack)
-      else:
-        found[target] = stack[0]
+    layers, found = self._stacks(adapted, shared)
     self.targets = tuple(
         p for t, g in self._paths.items() for p in g
         if p in modules and t in adapted)
@@ -180,18 +184,44 @@ class _Reader:
           f"{self._file}: {names_lib.SHARED}{error.args[0]} is missing; save "
           "the adapter again, with what its modules share") from None
 
-  def _stack(self, target, group, present, shared):
-    """The adapters of a target's layers; those not adapted do nothing."""
-    block, row = self._block, self._row
-    ranks = [self._rank(m, p) for m, p in zip(present, group, strict=True)]
-    found = []
-    for module, rank, path in zip(present, ranks, group, strict=True):
+  def _stacks(self, adapted, shared):
+    """(adapters of the layers, of what is outside of them) by target."""
+    ranks = {target: [self._rank(m, p) for m, p in zip(
+        present, self._paths[target], strict=True)]
+             for target, present in adapted.items()}
+    inner = {t: r for t, r in ranks.items()
+             if len(r) > 1 or ".layers." in self._paths[t][0]}
+    ends = assemble.cuts(self._row, inner, self._shapes) if inner else ()
+    layers, outer = {}, {}
+    for target, present in adapted.items():
+      if target not in inner:
+        outer[target], = self._stack(
+            target, present, ranks[target], shared, 0, 1)
+        continue
+      stacks = [self._stack(target, present, ranks[target], shared, *span)
+                for span in runs.spans(ends)]
+      layers[target] = runs.joined([
+          stack and jax.tree.map(lambda *x: np.stack(x), *stack)
+          for stack in stacks], ends)
+    return layers, outer
+
+  def _stack(self, target, present, ranks, shared, start, stop):
+    """The adapters of a target in a run of layers, or None.
+
+    Those not adapted do nothing.
+    """
+    block, row, found = self._block, self._row, []
+    width = max(ranks[start:stop])
+    if not width:
+      return None
+    for module, rank, path in list(zip(
+        present, ranks, self._paths[target], strict=True))[start:stop]:
       alpha = config_lib.by_pattern(path, block.alpha_pattern, block.alpha)
       slot = base_lib.Slot(
           rank=np.int32(rank),
           scale=np.float32(
               row.scale(alpha, rank, block.options) if rank else 0.0),
-          rate=np.float32(block.dropout), target=target, width=max(ranks),
+          rate=np.float32(block.dropout), target=target, width=width,
           shape=tuple(self._shapes[target]), options=block.options,
           start=starts.choose("default"), geometry=self._geometry)
       found.append(
@@ -273,6 +303,27 @@ class _Reader:
         f"{self._file}: tensor {name} belongs to no module of this "
         f"model{errors.nearest(stem, known)}; the adapter was made for another "
         "base")
+
+
+def replication(folder: pathlib.Path) -> tuple[tuple[int, int], ...]:
+  """`layer_replication` of a folder, for whose model `read` is."""
+  place = folder / names_lib.CONFIG
+  config = _read_config(place)
+  name, row = names_lib.method_of(config, str(place))
+  form = row.form if names_lib.OWN not in config else None
+  return _block(config, name, form, place).layer_replication  # type: ignore
+
+
+def _check_depth(block, paths, place) -> None:
+  wanted = sum(stop - start for start, stop in depth_lib.ranges(
+      block.layer_replication))
+  depth = max(map(len, paths.values()))
+  if wanted and wanted != depth:
+    raise errors.UserError(
+        f"{place}: layer_replication={block.layer_replication} makes a model "
+        f"of {wanted} layers, this one has {depth}; the adapter was made for "
+        "another base")
+
 
 def _read_config(path) -> dict[str, Any]:
   if not path.exists():

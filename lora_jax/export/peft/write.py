@@ -14,6 +14,7 @@ import numpy as np
 from lora_jax import errors
 from lora_jax import mesh as mesh_lib
 from lora_jax import processes
+from lora_jax.adapters import assemble
 from lora_jax.adapters import base as base_lib
 from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import method as method_lib
@@ -141,6 +142,7 @@ def write(
     replaced: str | None = None,
     more: Mapping[str, np.ndarray] | None = None,
     tokenizer: Any = None,
+    began: Mapping[str, Any] | None = None,
 ) -> None:
   """Writes an adapter folder; a folder that is there is replaced whole.
 
@@ -154,6 +156,8 @@ def write(
     replaced: see `Loaded`; kept there, too.
     more: tensors to write beside the adapters', e.g. `whole.tables`.
     tokenizer: saved beside them, if given.
+    began: of a difference, the values of `difference.BEGAN` before it was one;
+      whoever reads them makes of it what it was.
 
   Raises:
     errors.UserError: if the method has no adapter, or the model fuses modules
@@ -168,12 +172,15 @@ def write(
     metadata[names_lib.FINGERPRINT] = fingerprint
   if replaced:
     metadata[names_lib.REPLACED] = replaced
+  if began:
+    metadata[names_lib.BEGAN] = json.dumps(began)
   adapters = jax.tree.map(mesh_lib.fetch, adapters)
   if not processes.writes():
     return
   named = tensors(adapters, paths, row.form)
   if row.form is not None and row.form.peft_type == "LORA":
-    named, config, joined = fused_lib.join(named, config, fused or {}, paths)
+    named, config, joined = fused_lib.join(
+        named, config, fused or {}, paths, exact=bool(began))
     metadata |= joined
   elif row.form is not None:
     fused_lib.refuse(named, fused or {})
@@ -192,6 +199,5 @@ def write(
 
 
 def _ranks(adapters) -> dict[str, list[int]]:
-  both = {**adapters.layers, **adapters.outer}
-  return {target: np.atleast_1d(np.asarray(a.rank)).tolist()
-          for target, a in both.items() if hasattr(a, "rank")}
+  return {target: placed.rank.tolist()
+          for target, placed in assemble.placements(adapters).items()}

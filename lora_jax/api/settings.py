@@ -1,0 +1,43 @@
+"""The static choices of a model's training steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_jax.adapters import registry
+from lora_jax.adapters import rules
+from lora_jax.train import precision as precision_lib
+from lora_jax.train import step as step_lib
+
+
+def settings(
+    model: Any, *, layout: str, steps: int, remat: str = "auto",
+    optimizer: str = "adamw",
+    precision: precision_lib.Precision | None = None,
+) -> step_lib.Settings:
+  """The static choices of a training step.
+
+  Args:
+    model: an `api.Model`.
+    layout: of the rows, "packed" or "single".
+    steps: of the run, which some methods divide into phases.
+    remat: what the backward pass keeps, a key of `models.remat.POLICIES`.
+    optimizer: a key of `optim.OPTIMIZERS`.
+    precision: how the state is stored.
+
+  Raises:
+    errors.UsageError: if the method's options do not fit the steps.
+  """
+  precision = precision or precision_lib.Precision()
+  configs = {name: part.config for name, part in model.parts.items()} or {
+      "": model.adapter_config}
+  return step_lib.Settings(
+      dtype=model.dtype, remat=remat,
+      noise=any(
+          config.dropout > 0 or registry.method(config.method).samples
+          or getattr(config.options, "module_dropout", 0) > 0
+          for config in configs.values()),
+      optim_dtype=precision.optim_dtype, optimizer=optimizer, mesh=model.mesh,
+      frozen_matmul=precision.frozen_matmul,
+      attention=model._attention(layout), offload=model.offload,
+      rules=rules.of_parts(configs, steps, model.adapters))
