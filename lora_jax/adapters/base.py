@@ -75,6 +75,7 @@ class Geometry:
     l: layers.
     v: vocabulary.
     embed_scale: of the embeddings as they enter the first layer.
+    biased: targets of projections that have a bias.
   """
 
   d: int
@@ -85,6 +86,7 @@ class Geometry:
   l: int  # The glossary's letter.
   v: int
   embed_scale: float = 1.0
+  biased: tuple[str, ...] = ()
 
 
 @struct.dataclass

@@ -25,6 +25,7 @@ from lora_jax.adapters import delora
 from lora_jax.adapters import dora
 from lora_jax.adapters import fourierft
 from lora_jax.adapters import full
+from lora_jax.adapters import glora
 from lora_jax.adapters import gralora
 from lora_jax.adapters import hira
 from lora_jax.adapters import hra
@@ -43,14 +44,18 @@ from lora_jax.adapters import mixture
 from lora_jax.adapters import multitask_prompt
 from lora_jax.adapters import norms
 from lora_jax.adapters import oft
+from lora_jax.adapters import osf
 from lora_jax.adapters import p_tuning
+from lora_jax.adapters import peanut
 from lora_jax.adapters import prefix
 from lora_jax.adapters import prompt
+from lora_jax.adapters import psoft
 from lora_jax.adapters import pvera
 from lora_jax.adapters import qa_lora
 from lora_jax.adapters import randlora
 from lora_jax.adapters import road
 from lora_jax.adapters import shira
+from lora_jax.adapters import supertuning
 from lora_jax.adapters import vblora
 from lora_jax.adapters import vera
 from lora_jax.adapters import waveft
@@ -67,8 +72,11 @@ METHODS: dict[str, method_lib.Method] = {
     "boft": boft.METHOD,
     "hra": hra.METHOD,
     "oft": oft.METHOD,
+    "osf": osf.METHOD,
+    "psoft": psoft.METHOD,
     "road": road.METHOD,
     "shira": shira.METHOD,
+    "supertuning": supertuning.METHOD,
     "adalora": adalora.METHOD,
     "kasa": kasa.METHOD,
     "bd_lora": bd_lora.METHOD,
@@ -94,6 +102,8 @@ METHODS: dict[str, method_lib.Method] = {
     "gralora": gralora.METHOD,
     "c3a": c3a.METHOD,
     "deft": deft.METHOD,
+    "glora": glora.METHOD,
+    "peanut": peanut.METHOD,
     "para": deft.PARA,
     "multitask_prompt": multitask_prompt.METHOD,
     "p_tuning": p_tuning.METHOD,

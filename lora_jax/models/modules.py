@@ -31,7 +31,9 @@ def geometry(config: config_lib.ModelConfig) -> base_lib.Geometry:
   return base_lib.Geometry(
       d=config.d_model, f=config.d_ff, h=config.n_heads, k=config.n_kv_heads,
       e=config.head_dim, l=config.n_layers, v=config.vocab_size,
-      embed_scale=config.embed_scale or 1.0)
+      embed_scale=config.embed_scale or 1.0,
+      biased=tuple(slot.target for slot in hf.slots(config)
+                   if slot.leaf == "bias"))
 
 
 def shapes(

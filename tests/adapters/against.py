@@ -16,7 +16,8 @@ from lora_jax.adapters import registry
 from lora_jax.adapters import starts
 from tests import tiny
 
-GEOMETRY = base_lib.Geometry(d=8, f=8, h=1, k=1, e=8, l=1, v=8)
+GEOMETRY = base_lib.Geometry(d=8, f=8, h=1, k=1, e=8, l=1, v=8, biased=(
+    "q_proj",))
 
 
 @dataclasses.dataclass(frozen=True)
