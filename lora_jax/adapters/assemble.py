@@ -244,8 +244,8 @@ def _by_run(slot: base.Slot, ends: Sequence[int]) -> tuple:
     width = int(slot.rank[start:stop].max())
     part = jax.tree.map(lambda x: x[start:stop], slot)  # noqa: B023
     found.append(dataclasses.replace(
-        part, width=width, given=_trimmed(part.given, width))
-                 if width else None)
+        part, width=width, given=_trimmed(part.given, width),
+        stats=_trimmed(part.stats, width)) if width else None)
   return tuple(found)
 
 

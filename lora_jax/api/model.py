@@ -236,9 +236,9 @@ class Model:
     self._check_whole()
     start, given = loaded.config.start(), None
     if start.informed is not None:  # A0 and B0 are in the folder.
-      given = {name: (a.a0, a.b0) for name, a in tree.layers.items()}
-      given |= {name: (a.a0[None], a.b0[None]) for name, a in tree.outer.items()
-                if getattr(a, "a0", None) is not None}
+      given = {
+          name: (a, b) if name in tree.layers else (a[None], b[None])
+          for name, (a, b) in adapters_lib.starts.taken(tree).items()}
     elif loaded.replaced is None and start.options:
       # PEFT's randomised SVD draws from torch's generator: what it took out of
       # the base is known up to that draw. The exact SVD is the limit.

@@ -89,11 +89,17 @@ def rejoined(
     now: base_lib.Adapters, then: base_lib.Adapters) -> base_lib.Adapters:
   """Adapters with A0 and B0, of those of the two `halves`."""
 
-  def one(name, adapter, start):
-    if name == "embed_tokens" or not hasattr(adapter, "a0"):
+  def one(adapter, start):
+    if not hasattr(adapter, "a0"):
       return adapter
     return adapter.replace(a0=start.a, b0=start.b)
 
+  def stacked(adapter, start):
+    starts = iter([stack for stack, *_ in runs.each(start)])
+    return runs.mapped(lambda stack, *span: one(stack, next(starts)), adapter)
+
   return dataclasses.replace(
-      now, layers={k: one(k, v, then.layers[k]) for k, v in now.layers.items()},
-      outer={k: one(k, v, then.outer[k]) for k, v in now.outer.items()})
+      now,
+      layers={k: stacked(v, then.layers[k]) for k, v in now.layers.items()},
+      outer={k: v if k == "embed_tokens" else one(v, then.outer[k])
+             for k, v in now.outer.items()})

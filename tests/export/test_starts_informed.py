@@ -15,6 +15,7 @@ from lora_jax import adapters as adapters_lib
 from lora_jax import api
 from lora_jax import errors
 from lora_jax import quant
+from lora_jax.adapters import runs
 from lora_jax.data import dataset
 from lora_jax.data import formats
 from lora_jax.data import templates
@@ -189,6 +190,39 @@ def test_a_folder_of_another_base_is_refused(models, adapted, tmp_path):
   adapted("corda", fmt="nf4").save(tmp_path / "a")
   with pytest.raises(errors.UserError, match=r"digest.*use the quant block"):
     models["none"].with_adapter(tmp_path / "a")
+
+
+@pytest.mark.parametrize("start", ["lora_ga", "eva"])
+def test_layers_that_are_cut_into_runs(start, models, rows, tmp_path):
+  """One that is not adapted, and one that is, are two stacks."""
+  model = plain.trained(models["none"].adapt(
+      rows=rows, batch_size=2, init=start, layers="1",
+      **BLOCK | {"rank_pattern": {"down_proj": 2}}))
+  assert any(isinstance(one, runs.Runs)
+             for one in model.adapters.layers.values())
+  model.save(tmp_path / "a")
+  read = models["none"].with_adapter(tmp_path / "a")
+  assert read.replaced == model.replaced
+  np.testing.assert_array_equal(plain.logits(read), plain.logits(model))
+  assert tiny.distance(plain.logits(read), plain.logits(models["none"])) > 0.01
+
+
+def test_ranks_that_eva_spreads_widely_are_cut_into_runs():
+  """(A, B) of a stack as wide as its largest rank, for runs that are not."""
+  config = dataclasses.replace(plain.CONFIG, n_layers=3)
+  block = adapters_lib.AdapterConfig(
+      init="eva", targets="q_proj", rank=1, rank_pattern={
+          "layers.2.self_attn.q_proj": 12})
+  a = np.random.default_rng(0).normal(size=(3, 32, 12)).astype(np.float32)
+  a[:2, :, 1:] = 0
+  _, tree = adapters_lib.build(
+      jax.random.key(0), block, init.random_base(jax.random.key(0), config),
+      tiny.paths(config),
+      stats={"q_proj": (a, np.zeros((3, 12, 32), np.float32))})
+  narrow, wide = tree.layers["q_proj"].stacks
+  np.testing.assert_array_equal(narrow.a, a[:2, :, :1])
+  np.testing.assert_array_equal(wide.a, a[2:])
+  assert narrow.b.shape == (2, 1, 32)
 
 
 def test_the_first_of_several_methods_may_look_at_rows(models, rows, tmp_path):
