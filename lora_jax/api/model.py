@@ -182,7 +182,7 @@ class Model:
 
   def with_adapter(
       self, folder: str | pathlib.Path, *, dropout: float | None = None,
-      donate: bool = False
+      donate: bool = False, uncut: bool = False
   ) -> Model:
     """With the adapter of a PEFT folder, or the parts of several.
 
@@ -191,6 +191,7 @@ class Model:
         `hybrid.json` (`export.hybrid`).
       dropout: rate of further training; the folder's own by default.
       donate: see `adapt`.
+      uncut: see `peft.read`.
 
     Raises:
       errors.UserError: if it cannot be read, or belongs to another base.
@@ -202,7 +203,7 @@ class Model:
     model = self._replicated(peft.replication(folder))
     loaded = peft.read(
         folder, model.paths, modules.shapes(model.config),
-        hf.fused_modules(model.config), modules.geometry(model.config))
+        hf.fused_modules(model.config), modules.geometry(model.config), uncut)
     if loaded.fingerprint not in (None, self.fingerprint):
       raise errors.UserError(
           f"{folder}: the adapter was trained on a base with fingerprint "

@@ -156,7 +156,8 @@ def read(
   """
   found = {}
   for name in names:
-    found[name] = one = model.with_adapter(folder / name, dropout=dropout)
+    found[name] = one = model.with_adapter(
+        folder / name, dropout=dropout, uncut=True)
     config = one.adapter_config
     if len(found) > 1 and (
         one.replaced is not None or config.modules_to_save

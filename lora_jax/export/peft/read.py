@@ -65,6 +65,7 @@ def read(
     shapes: Mapping[str, tuple[int, ...]],
     fused: fused_lib.Fused | None = None,
     geometry: base_lib.Geometry | None = None,
+    uncut: bool = False,
 ) -> Loaded:
   """Reads an adapter folder for a model.
 
@@ -74,6 +75,8 @@ def read(
     shapes: `(in, out)` of each target.
     fused: see `write`.
     geometry: the model's sizes; methods that adapt no projection need them.
+    uncut: whether a target's layers stay one stack (see `runs`), as
+      those of several methods in one model have to.
 
   Returns:
     The adapter.
@@ -107,7 +110,7 @@ def read(
   outer, used = whole.rows(bare, config, tied, str(place))
   rest = {k: v for k, v in named.items()
           if k.removeprefix(names_lib.PREFIX) not in {*saved, *used}}
-  reader = _Reader(folder, row, block, paths, shapes, geometry)
+  reader = _Reader(folder, row, block, paths, shapes, geometry, uncut)
   if form is not None and form.adapters is not None:
     tree = reader.by_name(rest, form)
   elif names_lib.BEGAN in metadata:
@@ -129,11 +132,12 @@ def read(
 class _Reader:
   """From tensors to adapters, for one model."""
 
-  def __init__(self, folder, row, block, paths, shapes, geometry):
+  def __init__(self, folder, row, block, paths, shapes, geometry, uncut):
     self._file = folder / names_lib.WEIGHTS
     self._row, self._block = row, block
     self._paths = targets_lib.open_to(paths, row, block.method)
     self._shapes, self._geometry = shapes, geometry
+    self._uncut = uncut
     self.targets: tuple[str, ...] | str = "auto"
 
   def by_name(self, named, form) -> base_lib.Adapters:
@@ -191,7 +195,11 @@ class _Reader:
              for target, present in adapted.items()}
     inner = {t: r for t, r in ranks.items()
              if len(r) > 1 or ".layers." in self._paths[t][0]}
-    ends = assemble.cuts(self._row, inner, self._shapes) if inner else ()
+    ends: tuple[int, ...] = ()
+    if inner:
+      depth = len(next(iter(inner.values())))
+      ends = (depth,) if self._uncut else assemble.cuts(
+          self._row, inner, self._shapes)
     layers, outer = {}, {}
     for target, present in adapted.items():
       if target not in inner:
