@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 
@@ -21,7 +22,8 @@ from lora_jax.models import modules
 from tests import tiny
 from tests.adapters import contract
 
-CONFIG = contract.CONFIG
+# transformers' Llama has all biases or none.
+CONFIG = dataclasses.replace(contract.CONFIG, o_bias=True, mlp_bias=True)
 PATHS, SHAPES = modules.paths(CONFIG), modules.shapes(CONFIG)
 TOKENS = contract.batch().tokens
 POSITIONS = np.tile(np.arange(12, dtype=np.int32), (2, 1))
