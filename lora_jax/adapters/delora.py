@@ -23,6 +23,7 @@ from lora_jax import errors
 from lora_jax import quant
 from lora_jax import struct
 from lora_jax import types
+from lora_jax.adapters import additive
 from lora_jax.adapters import base
 from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import method
@@ -49,7 +50,7 @@ class Options:
 
 
 @struct.dataclass
-class DeLoRA(base.Adapter):
+class DeLoRA(additive.Additive):
   """Attributes (a leading `l` axis when stacked):
 
     a: `[i, r]`.
@@ -74,21 +75,6 @@ class DeLoRA(base.Adapter):
     used = pieces.used(self.a.shape[-1], self.rank)
     scale = used * self.boundary / jnp.maximum(self.rank, 1) / (a * b)
     return self.norms[:, None] * self.a * scale, self.b
-
-  def down_up(self, x):
-    a, b = (f.astype(x.dtype) for f in self.factors())
-    return (x @ a) @ b
-
-  def apply(self, x, weight, noise=None):
-    y = quant.matmul(x, weight)
-    if noise is not None:
-      x = noise.dropout(x, self.rate)
-    return y + self.down_up(x)
-
-  def merge(self, weight):
-    a, b = self.factors()
-    return quant.dequantize(weight, jnp.float32) + jnp.matmul(
-        a, b, precision="highest")
 
   def size(self) -> int:
     i, o = self.a.shape[-2], self.b.shape[-1]

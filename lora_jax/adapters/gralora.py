@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import errors
-from lora_jax import quant
 from lora_jax import struct
 from lora_jax import types
+from lora_jax.adapters import additive
 from lora_jax.adapters import base
 from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import method
@@ -55,7 +55,7 @@ class Options:
 
 
 @struct.dataclass
-class GraLoRA(base.Adapter):
+class GraLoRA(additive.Additive):
   """Attributes (a leading `l` axis when stacked):
 
     a: `[k, i/k, r]`.
@@ -97,17 +97,6 @@ class GraLoRA(base.Adapter):
       a = jnp.concatenate([a, self.a_general], 1)
       b = jnp.concatenate([b, self.b_general], 0)
     return a, self.active(self.scale, 0.0) * b
-
-  def apply(self, x, weight, noise=None):
-    y = quant.matmul(x, weight)
-    if noise is not None:
-      x = noise.dropout(x, self.rate)
-    return y + self.down_up(x)
-
-  def merge(self, weight):
-    a, b = self.factors()
-    return quant.dequantize(weight, jnp.float32) + jnp.matmul(
-        a, b, precision="highest")
 
   def to_peft(self, embedding=False):
     found = {"gralora_A": self.a, "gralora_B": self.b}

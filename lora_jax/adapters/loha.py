@@ -27,6 +27,7 @@ from lora_jax import errors
 from lora_jax import quant
 from lora_jax import struct
 from lora_jax import types
+from lora_jax.adapters import additive
 from lora_jax.adapters import base
 from lora_jax.adapters import lycoris
 from lora_jax.adapters import method
@@ -51,7 +52,7 @@ class Options:
 
 
 @struct.dataclass
-class LoHa(base.Adapter):
+class LoHa(additive.Additive):
   """Attributes (a leading `l` axis when stacked):
 
     a1, a2: `[i, r]`.
@@ -104,9 +105,6 @@ class LoHa(base.Adapter):
       added = lycoris.dropped(
           added, noise, self.rate, self.module_rate, rescaled=True)
     return quant.matmul(x, weight) + added
-
-  def merge(self, weight):
-    return quant.dequantize(weight, jnp.float32) + self.delta()
 
   def size(self) -> int:
     i, o = self.a1.shape[-2], self.b1.shape[-1]

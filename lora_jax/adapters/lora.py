@@ -29,6 +29,7 @@ import numpy as np
 from lora_jax import quant
 from lora_jax import struct
 from lora_jax import types
+from lora_jax.adapters import additive
 from lora_jax.adapters import base
 from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import depth
@@ -37,7 +38,7 @@ from lora_jax.adapters import starts
 
 
 @struct.dataclass
-class LoRA(base.Adapter):
+class LoRA(additive.Additive):
   """Attributes (a leading `l` axis when stacked):
 
     a: `[i, r]`, down projection, float32.
@@ -64,12 +65,6 @@ class LoRA(base.Adapter):
   def factors(self):
     return self.a, self.scale * self.b
 
-  def apply(self, x, weight, noise=None):
-    y = quant.matmul(x, weight)
-    if noise is not None:
-      x = noise.dropout(x, self.rate)
-    return y + self.down_up(x)
-
   def lookup(self, tokens: types.Array, table: types.Array) -> types.Array:
     """Adapted embedding rows, `[..., d]` for `tokens [...]`."""
     low = jnp.take(self.a, tokens, axis=0)
@@ -82,9 +77,6 @@ class LoRA(base.Adapter):
   def delta(self) -> jax.Array:
     """s A B, `[i, o]` float32."""
     return self.scale * jnp.matmul(self.a, self.b, precision="highest")
-
-  def merge(self, weight):
-    return quant.dequantize(weight, jnp.float32) + self.delta()
 
   def size(self) -> int:
     """Trainable parameters, padding not counted."""

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 from lora_jax import quant
 from lora_jax import struct
 from lora_jax import types
+from lora_jax.adapters import additive
 from lora_jax.adapters import base
 from lora_jax.adapters import method
 
 
 @struct.dataclass
-class LoRAXS(base.Adapter):
+class LoRAXS(additive.Additive):
   """Attributes:
 
     core: `[r, r]`, R.
@@ -46,17 +47,6 @@ class LoRAXS(base.Adapter):
     core = self.active(self.scale, 0.0) * self.core
     return x @ self.a.astype(x.dtype) @ core.astype(x.dtype) @ self.b.astype(
         x.dtype)
-
-  def apply(self, x, weight, noise=None):
-    y = quant.matmul(x, weight)
-    if noise is not None:
-      x = noise.dropout(x, self.rate)
-    return y + self.down_up(x)
-
-  def merge(self, weight):
-    a, b = self.factors()
-    return quant.dequantize(weight, jnp.float32) + jnp.matmul(
-        a, b, precision="highest")
 
   def to_peft(self, embedding=False):
     return {"core": self.core, "a": self.a, "b": self.b}

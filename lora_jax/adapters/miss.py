@@ -30,6 +30,7 @@ from lora_jax import errors
 from lora_jax import quant
 from lora_jax import struct
 from lora_jax import types
+from lora_jax.adapters import additive
 from lora_jax.adapters import base
 from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import method
@@ -59,7 +60,7 @@ class Options:
 
 
 @struct.dataclass
-class MiSS(base.Adapter):
+class MiSS(additive.Additive):
   """Attributes (a leading `l` axis when stacked):
 
     block: D `[r, o]`.
@@ -89,17 +90,6 @@ class MiSS(base.Adapter):
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)])
     shards = x.reshape(*x.shape[:-1], -1, r).astype(jnp.float32)
     return jnp.sum(shards, -2).astype(x.dtype) @ d
-
-  def apply(self, x, weight, noise=None):
-    y = quant.matmul(x, weight)
-    if noise is not None:
-      x = noise.dropout(x, self.rate)
-    return y + self.down_up(x)
-
-  def merge(self, weight):
-    select, d = self.factors()
-    return quant.dequantize(weight, jnp.float32) + jnp.matmul(
-        select, d, precision="highest")
 
   def to_peft(self, embedding=False):
     return {"miss_block": self.block}

@@ -73,19 +73,19 @@ class Coefficients(base.Adapter):
 
   def analysis(self, x: types.Array) -> Parts:
     """R_i^T x, parts `[..., m]` for x `[..., i]`."""
-    raise NotImplementedError
+    raise TypeError(f"{type(self).__name__} has no transform")
 
   def synthesis(self, parts: Parts, size: int) -> types.Array:
     """R_o of parts `[..., m]`, `[..., o]` for o = size."""
-    raise NotImplementedError
+    raise TypeError(f"{type(self).__name__} has no transform")
 
   def waves(self, size: int) -> int:
     """m, of an axis of that size."""
-    raise NotImplementedError
+    raise TypeError(f"{type(self).__name__} has no transform")
 
   def delta(self, i: int, o: int) -> types.Array:
     """Delta W, `[i, o]` float32."""
-    raise NotImplementedError
+    raise TypeError(f"{type(self).__name__} has no transform")
 
   def bound(self, shared):
     return dataclasses.replace(self, **{

@@ -28,6 +28,7 @@ from lora_jax import errors
 from lora_jax import quant
 from lora_jax import struct
 from lora_jax import types
+from lora_jax.adapters import additive
 from lora_jax.adapters import base
 from lora_jax.adapters import method
 from lora_jax.adapters import oft
@@ -74,7 +75,7 @@ class Options:
 
 
 @struct.dataclass
-class PSOFT(base.Adapter):
+class PSOFT(additive.Additive):
   """Attributes:
 
     q: `[r (r - 1) / 2]`, the upper triangle row by row; `[r, r]`, R, without
@@ -116,20 +117,6 @@ class PSOFT(base.Adapter):
     change = self.rotation().T - jnp.eye(self.a.shape[-1])
     return self.a, jnp.matmul(
         self.active(change, 0.0), self.b, precision="highest")
-
-  def down_up(self, x):
-    a, b = self.factors()
-    return (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
-
-  def apply(self, x, weight, noise=None):
-    y = quant.matmul(x, weight)
-    if noise is not None:
-      x = noise.dropout(x, self.rate)
-    return y + self.down_up(x)
-
-  def merge(self, weight):
-    return quant.dequantize(weight, jnp.float32) + jnp.matmul(
-        *self.factors(), precision="highest")
 
   def to_peft(self, embedding=False):
     # With what is not trained; see above.

@@ -29,9 +29,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import quant
 from lora_jax import struct
 from lora_jax import types
+from lora_jax.adapters import additive
 from lora_jax.adapters import base
 from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import method
@@ -79,7 +79,7 @@ class Bases(base.Adapter):
 
 
 @struct.dataclass
-class RandLoRA(base.Adapter):
+class RandLoRA(additive.Additive):
   """Attributes:
 
     lambda_: `[r, N]`.
@@ -103,8 +103,9 @@ class RandLoRA(base.Adapter):
   def bound(self, shared):
     return dataclasses.replace(self, bases=shared)
 
-  def _pair(self):
-    """Down `[i, r N]` and up `[r N, o]`."""
+  def _factors(self):
+    """Down `[i, r N]` and up `[r N, o]`: too many columns to be joined to
+    those of the frozen product (`factors`)."""
     (r, n), m = self.lambda_.shape, self.gamma.shape[-1]
     one = self.bases.a[:, None, :m]
     trained = (self.lambda_[:, :, None] * one * self.gamma).reshape(r * n, m)
@@ -114,18 +115,6 @@ class RandLoRA(base.Adapter):
     if self.rows == m:
       return trained.T, other.T
     return other, trained
-
-  def apply(self, x, weight, noise=None):
-    y = quant.matmul(x, weight)
-    if noise is not None:
-      x = noise.dropout(x, self.rate)
-    down, up = self._pair()
-    return y + (x @ down.astype(x.dtype)) @ up.astype(x.dtype)
-
-  def merge(self, weight):
-    down, up = self._pair()
-    return quant.dequantize(weight, jnp.float32) + jnp.matmul(
-        down, up, precision="highest")
 
   def to_peft(self, embedding=False):
     return {"randlora_lambda": self.lambda_,

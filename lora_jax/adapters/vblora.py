@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import errors
-from lora_jax import quant
 from lora_jax import struct
 from lora_jax import types
+from lora_jax.adapters import additive
 from lora_jax.adapters import base
 from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import method
@@ -81,7 +81,7 @@ class Bank(base.Adapter):
 
 
 @struct.dataclass
-class VBLoRA(base.Adapter):
+class VBLoRA(additive.Additive):
   """Attributes:
 
     logits_a: `[r, i / m, n]`.
@@ -121,21 +121,6 @@ class VBLoRA(base.Adapter):
     r = a.shape[0]
     b = b.swapaxes(0, 1).reshape(r, -1)
     return a.reshape(r, -1).T, self.active(b, 0.0)
-
-  def down_up(self, x):
-    a, b = self.factors()
-    return (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
-
-  def apply(self, x, weight, noise=None):
-    y = quant.matmul(x, weight)
-    if noise is not None:
-      x = noise.dropout(x, self.rate)
-    return y + self.down_up(x)
-
-  def merge(self, weight):
-    a, b = self.factors()
-    return quant.dequantize(weight, jnp.float32) + jnp.matmul(
-        a, b, precision="highest")
 
   def to_peft(self, embedding=False):
     logits = {"vblora_logits_A": self.logits_a,

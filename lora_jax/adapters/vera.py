@@ -19,9 +19,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lora_jax import quant
 from lora_jax import struct
 from lora_jax import types
+from lora_jax.adapters import additive
 from lora_jax.adapters import base
 from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import method
@@ -64,7 +64,7 @@ class Projections(base.Adapter):
 
 
 @struct.dataclass
-class VeRA(base.Adapter):
+class VeRA(additive.Additive):
   """Attributes:
 
     lambda_b: `[o]`.
@@ -96,17 +96,6 @@ class VeRA(base.Adapter):
     h = (x @ self.a.astype(x.dtype)) * self.lambda_d.astype(x.dtype)
     y = h @ self.b.astype(x.dtype)
     return y * self.active(self.lambda_b, 0.0).astype(x.dtype)
-
-  def apply(self, x, weight, noise=None):
-    y = quant.matmul(x, weight)
-    if noise is not None:
-      x = noise.dropout(x, self.rate)
-    return y + self.down_up(x)
-
-  def merge(self, weight):
-    a, b = self.factors()
-    return quant.dequantize(weight, jnp.float32) + jnp.matmul(
-        a, b, precision="highest")
 
   def to_peft(self, embedding=False):
     return {"vera_lambda_b": self.lambda_b, "vera_lambda_d": self.lambda_d}

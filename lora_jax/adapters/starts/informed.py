@@ -58,7 +58,7 @@ class Informed:
       rank: `[]` int32.
       scale: `[]`, s.
     """
-    raise NotImplementedError
+    raise TypeError(f"{type(self).__name__} is the protocol, not a start")
 
 
 @dataclasses.dataclass(frozen=True)
