@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import jax
 import numpy as np
 import pytest
@@ -18,10 +16,10 @@ from lora_jax.data import templates
 from lora_jax.evaluate import generate
 from lora_jax.export import peft as peft_export
 from lora_jax.models import decoder
-from lora_jax.models import init
 from lora_jax.models import modules
 from tests import tiny
 from tests.adapters import contract
+from tests.adapters import with_peft
 
 N = 3
 PROJECTED = {"tokens": N, "projection": True, "hidden": 10}
@@ -52,25 +50,16 @@ def logits(tree, tokens, positions, segments):
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
 def test_it_is_peft_s_with_grouped_keys_and_windows(family, tmp_path):
-  torch = pytest.importorskip("torch")
+  pytest.importorskip("torch")
   peft = pytest.importorskip("peft")
-  config = tiny.CONFIGS[family]
-  base = init.random_base(jax.random.key(1), config)
-  model = tiny.to_torch(config, base, tmp_path / "base")
-  torch.manual_seed(0)
-  with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    model = peft.get_peft_model(model, peft.PrefixTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=N))
-  model.save_pretrained(tmp_path / "a")
-  loaded = peft_export.read(
-      tmp_path / "a", modules.paths(config), modules.shapes(config),
-      geometry=modules.geometry(config))
+  config, base, model, adapters = with_peft.prompted(
+      family, peft.PrefixTuningConfig(
+          task_type="CAUSAL_LM", num_virtual_tokens=N), tmp_path)
   # Longer than the windows: the last tokens do not see all of the prefix.
   tokens = np.random.default_rng(0).integers(0, 61, (2, 9)).astype(np.int32)
   ours = tiny.logits(
       config, base, tokens, np.tile(np.arange(9, dtype=np.int32), (2, 1)),
-      np.ones((2, 9), np.int32), loaded.adapters)
+      np.ones((2, 9), np.int32), adapters)
   there = tiny.torch_logits(model.eval(), tokens)
   assert tiny.distance(ours, there) <= 2e-5
   without = tiny.logits(

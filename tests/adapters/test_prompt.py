@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,11 +18,10 @@ from lora_jax.data import packing
 from lora_jax.data import templates
 from lora_jax.data import virtual
 from lora_jax.evaluate import generate
-from lora_jax.export import peft as peft_export
-from lora_jax.models import init
 from lora_jax.models import modules
 from tests import tiny
 from tests.adapters import contract
+from tests.adapters import with_peft
 
 N, D = 3, 32
 G = contract.GEOMETRY
@@ -58,25 +55,16 @@ def count(method, **options):
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
 def test_where_embeddings_are_scaled_it_is_peft_s(family, tmp_path):
-  torch = pytest.importorskip("torch")
+  pytest.importorskip("torch")
   peft = pytest.importorskip("peft")
-  config = tiny.CONFIGS[family]
-  base = init.random_base(jax.random.key(1), config)
-  model = tiny.to_torch(config, base, tmp_path / "base")
-  torch.manual_seed(0)
-  with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    model = peft.get_peft_model(model, peft.PromptTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=N))
-  model.save_pretrained(tmp_path / "a")
-  loaded = peft_export.read(
-      tmp_path / "a", modules.paths(config), modules.shapes(config),
-      geometry=modules.geometry(config))
+  config, base, model, adapters = with_peft.prompted(
+      family, peft.PromptTuningConfig(
+          task_type="CAUSAL_LM", num_virtual_tokens=N), tmp_path)
   tokens = np.random.default_rng(0).integers(0, 61, (2, 6)).astype(np.int32)
   ahead = np.concatenate([np.tile(virtual.ids(N), (2, 1)), tokens], 1)
   ours = tiny.logits(
       config, base, ahead, np.tile(np.arange(9, dtype=np.int32), (2, 1)),
-      np.ones((2, 9), np.int32), loaded.adapters)
+      np.ones((2, 9), np.int32), adapters)
   there = tiny.torch_logits(model.eval(), tokens)
   assert tiny.distance(ours, there) <= 2e-5
 

@@ -118,3 +118,26 @@ def check(config, tmp_path):
       for name in ("theirs", "again"))
   assert first_config == second_config
   return loaded, first
+
+
+def prompted(family, peft_config, folder):
+  """A tiny model of a family under a config of PEFT's prompt learning.
+
+  Returns:
+    Its config, the base, PEFT's model, and the adapters as we read them.
+  """
+  import peft
+  import torch
+
+  config = tiny.CONFIGS[family]
+  base = init.random_base(jax.random.key(1), config)
+  model = tiny.to_torch(config, base, folder / "base")
+  torch.manual_seed(0)
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    model = peft.get_peft_model(model, peft_config)
+  model.save_pretrained(folder / "a")
+  loaded = peft_export.read(
+      folder / "a", modules.paths(config), modules.shapes(config),
+      geometry=modules.geometry(config))
+  return config, base, model, loaded.adapters
