@@ -25,6 +25,7 @@ import inspect
 import json
 import pathlib
 import statistics as std_statistics
+import sys
 import time
 from typing import Any
 
@@ -220,8 +221,10 @@ def run(shop: Lab, name: str, config: dict[str, Any]) -> dict[str, Any]:
       "rows": {"nll": after.nll.tolist(), "weight": after.weight.tolist()},
       "parameters": adapters_lib.trainable_size(
           trial.model.adapters),
-      "train_seconds": seconds, "adapter": config["adapter"],
-      "environment": workdir_lib.environment(config["seed"])}
+      "train_seconds": seconds, "config": config,
+      "environment": workdir_lib.environment(config["seed"]) | {
+          "command": [
+              "python", "-m", "experiments.compare", *sys.argv[1:]]}}
 
 
 def main() -> None:

@@ -34,19 +34,26 @@ def page(found: list[dict[str, Any]]) -> str:
   environment, plain = first["environment"], {
       f["method"]: f for f in found}.get(BASELINE)
   rates = ", ".join(f"{r:g}" for r in first["rates"])
+  config = first["config"]
+  train, data = config["train"], config["data"]
   lines = [
       "# All methods, same data, each at its best learning rate",
       "",
-      f"Base loss {first['start_loss']:.4f} nats a token before training "
-      "(methods that start elsewhere than at the base: see their files). "
-      f"Device: {environment['device']}; jax "
-      f"{environment['versions'].get('jax')}; one seed. Learning rates tried "
-      f"for every method: {rates}; the best on one half of the held-out rows "
-      "was chosen, losses are of the other half. Intervals: 95%, paired "
-      "bootstrap over rows, which says nothing about other seeds. Speed: "
-      "median step of one adapter alone; memory: arguments and temporaries of "
-      "that step's program. Every row's file holds its config, command, "
-      "commit and all losses.",
+      f"Base: {config['model']['path']}, {config['quant']['format']}, loss "
+      f"{first['start_loss']:.4f} nats a token before training (methods that "
+      "start elsewhere: see their files). "
+      f"Data: {data['path']}, {train['steps']} steps of "
+      f"{train['batch_size']} x {data['max_length']} packed tokens, "
+      f"{config['compute']['dtype']}, "
+      f"{config['optim']['schedule']} schedule. Device: "
+      f"{environment['device']}; jax {environment['versions'].get('jax')}; one "
+      f"seed; commit {environment['git_commit'][:7]}. Learning rates tried for "
+      f"every method: {rates}; the best on one half of the held-out rows was "
+      "chosen, losses are of the other half. Intervals: 95%, paired bootstrap "
+      "over rows, which says nothing about other seeds. Speed: median step of "
+      "one adapter alone; memory: arguments and temporaries of that step's "
+      "program. A method's file holds its config, command and versions, its "
+      "loss at every rate, and that of every row at the best.",
       "",
       "| method | held-out loss | less LoRA's | rate | parameters | tok/s | "
       "memory, GiB |",
