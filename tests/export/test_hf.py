@@ -14,6 +14,7 @@ import safetensors
 from lora_jax import adapters as adapters_lib
 from lora_jax import errors
 from lora_jax import quant
+from lora_jax.adapters import runs
 from lora_jax.export import hf as hf_export
 from lora_jax.models import hf
 from lora_jax.models import init
@@ -130,9 +131,9 @@ def test_merge_by_hand():
   """W^T + s (A B)^T, in numpy, of one module; a bias is left alone."""
   config, base, adapters = _model(*CASES["mistral rslora patterns"])
   named = dict(hf_export.merged(config, base, adapters)[1])
-  adapter = adapters.layers["up_proj"]
+  adapter, at = runs.at(adapters.layers["up_proj"], 1)
   w = np.asarray(base.layers["up_proj"].weight, np.float64)
-  a, b = (np.asarray(x, np.float64) for x in (adapter.a[1], adapter.b[1]))
+  a, b = (np.asarray(x, np.float64) for x in (adapter.a[at], adapter.b[at]))
   scale = 6.0 / np.sqrt(5)
   np.testing.assert_allclose(
       named["model.layers.1.mlp.up_proj.weight"], (w[1] + scale * a @ b).T,

@@ -262,7 +262,7 @@ def test_training_goes_on_and_is_saved(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("fields, message", [
     ({"method": "ia3"}, "method=ia3 is not of LoRA's kind"),
-    ({"init": "pissa"}, "init=pissa replaces"),
+    ({"init": "pissa"}, "init=pissa is made of each layer"),
     ({"modules_to_save": ("input_layernorm",)}, '"input_layernorm" is shared'),
 ])
 def test_what_repetitions_cannot_share(fields, message):

@@ -235,7 +235,7 @@ def test_the_first_of_several_methods_may_look_at_rows(models, rows, tmp_path):
   read = models["none"].with_adapter(tmp_path / "a")
   assert read.replaced == model.replaced
   np.testing.assert_array_equal(plain.logits(read), plain.logits(model))
-  with pytest.raises(errors.UsageError, match="which only the first of"):
+  with pytest.raises(errors.UsageError, match="only the first of several"):
     models["none"].adapt([other, first], rows=rows)
 
 

@@ -13,6 +13,7 @@ from lora_jax import host as host_lib
 from lora_jax import mesh as mesh_lib
 from lora_jax import quant
 from lora_jax import trees
+from lora_jax.models import base_cache
 from lora_jax.models import base_store
 from lora_jax.models import hf
 from lora_jax.models import init
@@ -66,7 +67,7 @@ def test_a_base_that_cannot_fit_is_read_into_host_memory(
   def caught(*args, **options):
     raise Caught(options["host"])
 
-  monkeypatch.setattr(api.base_cache, "load", caught)
+  monkeypatch.setattr(base_cache, "load", caught)
   budget = share * size.nbytes(source)
   with pytest.raises(Caught) as found:
     api.load(source.label, offload=offload, cache=False,
