@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import pathlib
 
 # Before jax is imported, and inherited by the commands that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling is most of what the tests take, and unoptimised code takes a third
+# of it. XLA_FLAGS="" tests code as users run it; what promises bits is tested
+# in such code in any case (tests/quant/test_optimised.py).
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0" + (
+        " --xla_cpu_use_fusion_emitters=false"  # jaxlib 0.11 has no such flag.
+        if importlib.metadata.version("jaxlib").startswith("0.10.") else ""))
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
     str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "xla"))

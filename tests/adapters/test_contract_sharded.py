@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
 
+from tests import devices
 from tests.adapters import contract
 
 # One of each kind: what is shared, blocks, norms and the input. The rest of
@@ -21,10 +21,7 @@ def check(methods):
   run = subprocess.run(
       [sys.executable, "-m", "tests.adapters.sharded", *methods],
       cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True,
-      timeout=3000, env=os.environ | {
-          "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-          # Threads: see tests/models/test_sharding.py.
-          "NPROC": "64"})
+      timeout=3000, env=devices.environ(8))
   assert run.returncode == 0, run.stderr[-3000:]
   found = json.loads(run.stdout.splitlines()[-1])
   assert set(found) == set(methods)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import socket
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 
 from lora_jax import errors
 from lora_jax import processes
+from tests import devices as devices_lib
 from tests.experiments import conftest
 
 # Two processes hang together or not at all: nothing here may take longer.
@@ -47,10 +47,8 @@ def start(run_command, folder, logs, count, devices=8, options=RUN):
       found.append(subprocess.Popen(
           [sys.executable, "-m", "experiments.run",
            *run_command.argv(folder, **options, **more)],
-          cwd=conftest.ROOT, stdout=out, stderr=err, env=os.environ | {
-              "XLA_FLAGS": "--xla_force_host_platform_device_count="
-              f"{devices // count}",
-              "NPROC": "64"}))  # See tests/models/test_sharding.py.
+          cwd=conftest.ROOT, stdout=out, stderr=err,
+          env=devices_lib.environ(devices // count)))
   return found
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import subprocess
 import sys
+
+from tests import devices
 
 PROGRAM = """
 import dataclasses, re
@@ -65,6 +66,5 @@ def test_cut_by_rows_and_heads():
   run = subprocess.run(
       [sys.executable, "-c", PROGRAM], text=True, timeout=300,
       cwd=pathlib.Path(__file__).parents[2], capture_output=True,
-      env=os.environ | {
-          "XLA_FLAGS": "--xla_force_host_platform_device_count=4"})
+      env=devices.environ(4))
   assert run.stdout.strip() == "done", run.stderr[-3000:]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -20,6 +19,7 @@ import pytest
 from lora_jax.kernels import dequantise
 from lora_jax.kernels import matmul
 from lora_jax.kernels import partition
+from tests import devices
 from tests.kernels import test_dequantise as one
 
 COLLECTIVE = r"= (\w+)\[[\d,]*\]\S* (all-gather|all-reduce|all-to-all|"\
@@ -47,8 +47,7 @@ def report():
   run = subprocess.run(
       [sys.executable, "-m", "tests.kernels.test_partition"],
       cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True,
-      timeout=300, env=os.environ | {
-          "XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
+      timeout=300, env=devices.environ(8))
   assert run.returncode == 0, run.stderr[-3000:]
   return json.loads(run.stdout.splitlines()[-1])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
 import socket
 import subprocess
@@ -25,6 +24,7 @@ from lora_jax.models import base_tree
 from lora_jax.models import decoder
 from lora_jax.models import init
 from lora_jax.models import sharding
+from tests import devices
 from tests.models import tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -54,17 +54,16 @@ def stored(tmp_path_factory):
   return folder, store(folder)
 
 
-def run(folder, processes, devices):
+def run(folder, processes, count):
   """What `main` finds in each of several processes of a job."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = str(free.getsockname()[1])
-  flags = f"--xla_force_host_platform_device_count={devices}"
   jobs = [subprocess.Popen(
       [sys.executable, "-m", "tests.models.test_base_restore", folder,
        str(i), str(processes), port],
       cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-      env=os.environ | {"XLA_FLAGS": flags}) for i in range(processes)]
+      env=devices.environ(count)) for i in range(processes)]
   ends = [job.communicate(timeout=240) for job in jobs]
   assert all(job.returncode == 0 for job in jobs), ends
   return [json.loads(out.splitlines()[-1]) for out, _ in ends]

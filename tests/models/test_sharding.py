@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 
 from lora_jax import errors
 from lora_jax import mesh as mesh_lib
+from tests import devices
 from tests.models import eight
 
 RUNS = [f"{case} {mesh}" for case, names in eight.CASES.items()
@@ -26,11 +26,7 @@ def measure(folder, *parts):
   run = subprocess.run(
       [sys.executable, "-m", "tests.models.eight", str(folder), *parts],
       cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True,
-      timeout=1500 if parts else 580, env=os.environ | {
-          "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-          # Threads: with one a device, two collectives at once that devices
-          # come to in another order wait for each other for ever.
-          "NPROC": "64"})
+      timeout=1500 if parts else 580, env=devices.environ(8))
   assert run.returncode == 0, run.stderr[-3000:]
   return json.loads(run.stdout.splitlines()[-1])
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from lora_jax.train import loop
 from lora_jax.train import optim
 from lora_jax.train import precision
 from lora_jax.train import step
+from tests import devices
 from tests.adapters import contract
 
 KEY, T = jax.random.key(0), 5
@@ -200,10 +200,7 @@ def test_adalora_on_eight_devices_prunes_what_it_does_on_one():
   done = subprocess.run(
       [sys.executable, "-m", "tests.train.rules_sharded"],
       cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True,
-      timeout=600, env=os.environ | {
-          "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-          # Threads: see tests/models/test_sharding.py.
-          "NPROC": "64"})
+      timeout=600, env=devices.environ(8))
   assert done.returncode == 0, done.stderr[-3000:]
   found = json.loads(done.stdout.splitlines()[-1])
   assert found["kept"] == found["expected"]

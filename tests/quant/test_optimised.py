@@ -1,0 +1,28 @@
+"""Bits that are promised, in optimised code, as users run it.
+
+The other tests run code that is compiled fast (tests/conftest.py), in which
+LLVM fuses and reorders less.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+FILES = ("tests/quant/test_base.py", "tests/quant/test_codebook.py",
+         "tests/quant/test_registry.py", "tests/kernels/test_exact.py")
+PROMISED = ("numpys or bitsandbytes or rounded or rounding or can_fail "
+            "or outer_jit")
+
+
+def test_bits_are_the_same_in_optimised_code():
+  run = subprocess.run(
+      [sys.executable, "-m", "pytest", *FILES, "-k", PROMISED, "-rs"],
+      cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True,
+      timeout=580, env=os.environ | {"XLA_FLAGS": ""})
+  assert run.returncode == 0, run.stdout[-3000:]
+  passed = re.search(r"(\d+) passed", run.stdout)
+  assert passed and int(passed[1]) > 30, run.stdout[-3000:]
