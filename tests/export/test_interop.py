@@ -51,8 +51,16 @@ def matrix():
     marks = ["-" if method in LACKING else found.get(s, "not run")
              for s in STEPS]
     print(f"  {method:24}" + "".join(f"{m:14}" for m in marks))
-  if LACKING:
-    print("  - PEFT lacks " + ", ".join(LACKING))
+  theirs = {kind.value for kind in peft.PeftType}
+  lacking = [m for m in LACKING if m.upper() not in theirs]
+  if lacking:
+    print("  - PEFT lacks " + ", ".join(lacking))
+  # Trained tokens are a field of the adapter block, beside any method.
+  ours = {"TRAINABLE_TOKENS"} | {
+      ROWS[m].form.peft_type for m in CASES}
+  if theirs - ours:
+    print("  PEFT has, and its folders are refused here: "
+          + ", ".join(sorted(theirs - ours)))
 
 
 @functools.cache
