@@ -25,8 +25,8 @@ from experiments.bench import geometry
 from experiments.bench import isolated
 from experiments.bench import lines
 from experiments.bench import settings as settings_lib
-from lora_jax import adapters as adapters_lib
 from lora_jax import errors
+from lora_jax.adapters import registry
 
 TRAIN, KERNELS = "torch_qlora.py", "bnb_kernels.py"
 # Prints whether this Python has torch with a GPU; a process of its own, as
@@ -44,7 +44,7 @@ def different(config: Mapping[str, Any]) -> str | None:
   adapter, form = config["adapter"], config["quant"]
   wanted = {
       "adapter.method": (adapter["method"], "lora"),
-      "adapter.targets": (_targets(adapter), "all-linear"),
+      "adapter.targets": (_targets(config), "all-linear"),
       "adapter.dropout": (adapter["dropout"], 0.0),
       "compute.dtype": (config["compute"]["dtype"], "bfloat16"),
       "quant.format": (form["format"], "nf4"),
@@ -62,10 +62,8 @@ def different(config: Mapping[str, Any]) -> str | None:
   return None
 
 
-def _targets(adapter: Mapping[str, Any]) -> str:
-  if adapter["targets"] != "auto":
-    return adapter["targets"]
-  return adapters_lib.METHODS[adapter["method"]].targets
+def _targets(config: Mapping[str, Any]) -> str:
+  return str(registry.targets(blocks.adapter(config)))
 
 
 def arguments(config: Mapping[str, Any], impl: str) -> list[str]:
@@ -86,7 +84,7 @@ def arguments(config: Mapping[str, Any], impl: str) -> list[str]:
       "--impl", impl, "--model", config["model"]["geometry"],
       "--layers", str(changes.get("n_layers", 0)), "--shapes", cases,
       "--rank", str(adapter["rank"]), "--alpha", f"{adapter['alpha']:g}",
-      "--targets", _targets(adapter), "--clip",
+      "--targets", _targets(config), "--clip",
       f"{config['optim']['clip_norm']:g}", "--lr",
       f"{config['optim']['learning_rate']:g}", "--warmup",
       str(max(train["warmup"], 4)), "--steps", str(train["steps"])]

@@ -8,6 +8,8 @@ A subclass gives `factors` where D = A B; else, or where there is a better way,
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
@@ -19,11 +21,14 @@ from lora_jax.adapters import base
 
 @struct.dataclass
 class Additive(base.Adapter):
-  """A projection's adapter; one with a `rate` drops parts of its input."""
+  """A projection's adapter, whose field `rate` is its input's dropout."""
+
+  if TYPE_CHECKING:
+    rate: types.Array
 
   def apply(self, x, weight, noise=None):
     y = quant.matmul(x, weight)
-    if noise is not None and hasattr(self, "rate"):
+    if noise is not None:
       x = noise.dropout(x, self.rate)
     return y + self.down_up(x)
 

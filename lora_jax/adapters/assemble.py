@@ -62,9 +62,9 @@ def place(
   """
   row = registry.method(config.method)
   config = registry.checked(config)
-  names = row.targets if config.targets == "auto" else config.targets
   chosen = targets.select(
-      targets.open_to(paths, row, config.method), names, config.layers)
+      targets.open_to(paths, row, config.method), registry.targets(config),
+      config.layers)
   adapted = [path for name, flags in chosen.items()
              for path, flag in zip(paths[name], flags, strict=True) if flag]
   for field in ("rank_pattern", "alpha_pattern"):

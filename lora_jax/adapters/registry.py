@@ -122,6 +122,12 @@ def method(name: str) -> method_lib.Method:
   return errors.choose("adapter.method", name, METHODS)
 
 
+def targets(config: config_lib.AdapterConfig) -> str | tuple[str, ...]:
+  """Which places a config means: its method's own for "auto"."""
+  return method(config.method).targets if config.targets == "auto" else (
+      config.targets)
+
+
 def checked(config: config_lib.AdapterConfig) -> config_lib.AdapterConfig:
   """The config with every value checked; `options` is the method's dataclass.
 
