@@ -13,9 +13,10 @@ import pytest
 from lora_jax import keep as keep_lib
 from lora_jax.models import remat
 from lora_jax.models import tape
-from tests import tiny
 
 L, B, D = 4, 3, 8
+# As users run it, which orders the sums of both alike; see tests/conftest.py.
+OPTIMISED = {"xla_backend_optimization_level": 3}
 
 
 def body(name, shared, h, xs, keep):
@@ -52,12 +53,11 @@ def test_values_and_gradients_are_those_of_a_scan(name):
   h, a, w, shared = operands()
   for arguments in ((0,), (1,), (0, 1), (0, 1, 2)):
     got, want = (jax.jit(jax.value_and_grad(
-        functools.partial(loss, run), arguments))(h, a, w, shared)
+        functools.partial(loss, run), arguments), compiler_options=OPTIMISED)(
+            h, a, w, shared)
                  for run in (taped(name), plain))
-    # Of a leaf's largest: small entries are differences of large terms.
-    for one, other in zip(
-        jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-      assert tiny.distance(one, other) < 1e-6
+    jax.tree.map(functools.partial(
+        np.testing.assert_allclose, rtol=1e-5, atol=1e-6), got, want)
   np.testing.assert_allclose(
       jax.jit(functools.partial(loss, taped(name)))(h, a, w, shared),
       loss(plain, h, a, w, shared), rtol=1e-6)

@@ -280,10 +280,11 @@ def test_groups_of_targets_make_no_difference(base, monkeypatch):
   monkeypatch.setattr(statistics, "LIMIT", 1)
   _, alone = gather(base, rank=4, init="lora_ga", targets="v_proj,down_proj")
   for name, found in alone.items():
-    for factor, expected in zip(found, together[name], strict=True):
-      # Singular vectors are defined up to their signs.
-      np.testing.assert_allclose(
-          np.abs(factor), np.abs(expected), atol=1e-5)
+    # Singular vectors, in A's columns and B's rows, are defined up to signs.
+    for factor, other, axis in zip(
+        found, together[name], (-2, -1), strict=True):
+      signs = np.sign(np.sum(factor * other, axis, keepdims=True))
+      np.testing.assert_allclose(factor, signs * other, atol=1e-5)
 
 
 def test_a_tied_head_has_no_weight_of_its_own(base):
