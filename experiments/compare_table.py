@@ -88,15 +88,36 @@ def plot(found: list[dict[str, Any]], path: pathlib.Path) -> None:
     best = min(best, one["loss"])
     axes.scatter(one["parameters"], one["loss"], s=24,
                  color="tab:blue" if front else "tab:grey")
-    axes.annotate(one["method"], (one["parameters"], one["loss"]),
-                  xytext=(4, 3), textcoords="offset points", fontsize=7)
-  axes.set_xscale("log")
   axes.set_xlabel("trained parameters")
   axes.set_ylabel("held-out loss, nats a token")
+  axes.set_ymargin(0.08)
   axes.set_title("blue: no method with fewer parameters is better")
+  axes.set_xscale("log")
   figure.tight_layout()
+  _label(axes, found)
   figure.savefig(path, dpi=120)
   pyplot.close(figure)
+
+
+def _label(axes: Any, found: list[dict[str, Any]]) -> None:
+  """Names beside the points, each above those that are in its way."""
+  taken: list[tuple[float, float, float]] = []
+  height = 11  # Of a line of the names, in pixels.
+  for one in sorted(found, key=lambda f: f["loss"]):
+    point = one["parameters"], one["loss"]
+    x, y = axes.transData.transform(point)
+    width = 6.5 * len(one["method"])
+    left = x - width - 6 if x + width > axes.bbox.x1 else x + 6
+    low = y
+    while any(left < b and a < left + width and abs(low - c) < height
+              for a, b, c in taken):
+      low += height / 4
+    taken.append((left, left + width, low))
+    at = axes.transData.inverted().transform((left, low))
+    axes.annotate(
+        one["method"], point, xytext=at, fontsize=7, va="center",
+        arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "0.7"}
+        if low > y else None)
 
 
 def write(folder: pathlib.Path) -> None:
