@@ -179,15 +179,18 @@ def _one(key, config, tree, paths, originals, donate, geometry, stats,
         start, tree, placed, originals, donate, stats)
     stats = None
   shapes = {name: shape(tree, name) for name in placed}
+  modules = method_lib.Modules(
+      shapes, max(p.width for p in placed.values()), config.options, geometry,
+      {name: placement.rank.tolist() for name, placement in placed.items()})
+  numbers, turns = modules.numbers(), modules.turns()
   shared = None
   if row.share is not None:
-    shared = row.share(
-        jax.random.fold_in(key, _digest("shared")), shapes,
-        max(p.width for p in placed.values()), config.options, geometry)
+    shared = row.share(jax.random.fold_in(key, _digest("shared")), modules)
   slots = {
       name: base.Slot(
           **placement.frozen(), given=given.get(name),
-          stats=(stats or {}).get(name), target=name, width=placement.width,
+          stats=(stats or {}).get(name), number=numbers[name],
+          turn=turns[name], target=name, width=placement.width,
           shape=shapes[name], options=config.options, start=start,
           geometry=geometry)
       for name, placement in placed.items()}

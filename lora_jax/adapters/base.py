@@ -99,6 +99,8 @@ class Slot:
     rate: `[]`, dropout rate.
     given: (A, B) that were taken out of the weight, or None; see `starts`.
     stats: (A, B) that were made of rows, or None; see `starts`.
+    number: `[]` int32, its own among all modules; see `method.Modules`.
+    turn: `[]` int32, its own among those of its target.
     target: its name; static, as all below.
     width: the largest rank of the stack.
     shape: `(i, o)` of a projection, `(v, d)` of the table, `(d,)` of a norm,
@@ -113,6 +115,8 @@ class Slot:
   rate: types.Array
   given: Any = None
   stats: Any = None
+  number: types.Array | int = 0
+  turn: types.Array | int = 0
   target: str = static(default="")
   width: int = static(default=1)
   shape: tuple[int, ...] = static(default=())
@@ -298,6 +302,7 @@ class Adapter:
   def with_constants(self, values: Mapping[str, Any]) -> Self:
     """With values in place of its `constants`; None has it ask the weight."""
     return dataclasses.replace(self, **values)
+
   def resized(self, kept: Sequence[int], width: int) -> Self:
     """One unstacked module with these of its ranks, in this order, padded to
     `width`; see `resize`."""

@@ -127,10 +127,9 @@ def product(
   return out.reshape(*x.shape[:-1], -1)
 
 
-def share(key, shapes, width, options, geometry=None):
+def share(key, modules):
   """The rules before the first step."""
-  del shapes, width, geometry
-  m = options.divisor
+  m = modules.options.divisor
   return Rules(rules=0.01 * jax.random.normal(key, (m, m, m)))
 
 

@@ -114,11 +114,12 @@ def _turns(a: int, b: int, n: int) -> tuple[np.ndarray, np.ndarray]:
   return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
-def share(key, shapes, width, options, geometry=None):
+def share(key, modules):
   """The places."""
-  del key, width, geometry  # PEFT has a seed of their own.
+  del key  # PEFT has a seed of their own.
+  options = modules.options
   return places.shared(places.draw(
-      shapes, options.n_frequency, options.random_loc_seed))
+      modules.shapes, options.n_frequency, options.random_loc_seed))
 
 
 def init(key, weight, slot, shared=None):
@@ -141,9 +142,9 @@ def _block(config):
   return {"options": method.named(Options, config)}
 
 
-def _shared(tensors, config, shapes):
-  del tensors
-  return share(None, shapes, 1, config.options)
+def _shared(tensors, config, modules):
+  del tensors, config
+  return share(None, modules)
 
 
 NEUTRAL: dict[str, tuple] = {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from lora_jax import types
@@ -59,6 +60,45 @@ class Rule:
 
 
 @dataclasses.dataclass(frozen=True)
+class Modules:
+  """All modules that a method adapts, as `share` is told of them.
+
+  Attributes:
+    shapes: `(i, o)` by target, in the model's order.
+    width: the largest rank.
+    options: the method's own dataclass.
+    geometry: the model's sizes, or None where only shapes are known.
+    ranks: of every layer, by target, 0 where it is not adapted.
+    tensors: of every layer, by target: a file's by suffix, if there is one.
+  """
+
+  shapes: Mapping[str, tuple[int, ...]]
+  width: int
+  options: Any
+  geometry: base.Geometry | None = None
+  ranks: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
+  tensors: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+
+  def numbers(self) -> dict[str, np.ndarray]:
+    """Each adapted module's number, `[l]` int32 by target, counted as Hugging
+    Face's models list them: layer by layer, the table first, the head last."""
+    first, last = ("embed_tokens",), ("lm_head",)
+    places = sorted(
+        ((target not in first) + (target in last), layer, order, target)
+        for order, (target, ranks) in enumerate(self.ranks.items())
+        for layer, rank in enumerate(ranks) if rank)
+    found = {t: np.zeros(len(r), np.int32) for t, r in self.ranks.items()}
+    for number, (_, layer, _, target) in enumerate(places):
+      found[target][layer] = number
+    return found
+
+  def turns(self) -> dict[str, np.ndarray]:
+    """Likewise, each target's modules counted by themselves."""
+    return {target: np.maximum(np.cumsum(np.asarray(ranks) > 0) - 1, 0).astype(
+        np.int32) for target, ranks in self.ranks.items()}
+
+
+@dataclasses.dataclass(frozen=True)
 class Form:
   """A method in Hugging Face PEFT's files.
 
@@ -81,9 +121,9 @@ class Form:
       tensors` by whole name.
     adapters: inverse of `tensors`: `(tensors, config block, geometry) ->
       Adapters`. It raises a KeyError for what is missing.
-    shared: `(tensors, config block, shapes) -> Adapters.shared`; shapes
-      `(i, o)` by target. Those of `Adapters.shared.to_peft()` lie beside the
-      modules'. It raises a KeyError for what is missing.
+    shared: `(tensors, config block, Modules) -> Adapters.shared`. Those of
+      `Adapters.shared.to_peft()` lie beside the modules'. It raises a KeyError
+      for what is missing.
   """
 
   peft_type: str
@@ -136,8 +176,7 @@ class Method:
     identity_at_init: whether the model is the base before the first step.
     mergeable: whether `merge` does.
     zero_gradients: fields whose gradient is zero at the first step.
-    share: `(key, shapes, width, options, geometry) -> Adapters.shared`; shapes
-      `(i, o)` by adapted target.
+    share: `(key, Modules) -> Adapters.shared`.
     count_shared: trainable parameters of it, an expression of r, the options
       and the letters.
     samples: whether it is random in training, with or without dropout.

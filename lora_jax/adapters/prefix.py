@@ -140,9 +140,9 @@ class Projected(base.Adapter):
     return Prefix(keys=pair[0], values=pair[1], rank=self.rank)
 
 
-def share(key, shapes, width, options, geometry=None):
+def share(key, modules):
   """E, W1 and b1 of a prefix that is trained through them, or None."""
-  del shapes, width
+  options, geometry = modules.options, modules.geometry
   if not options.projection:
     return None
   i = geometry.k * geometry.e

@@ -81,11 +81,12 @@ class PVeRA(vera.VeRA):
         rows=slot.shape[0], **slot.values("rate", "rank"))
 
 
-def share(key, shapes, width, options, geometry=None):
+def share(key, modules):
   """A and B at the largest sizes."""
-  del key, geometry  # PEFT has a seed of their own.
+  del key  # PEFT has a seed of their own.
+  options, width = modules.options, modules.width
   generator = torch_random.Generator(options.projection_key)
-  i, o = vera.largest(shapes)
+  i, o = vera.largest(modules.shapes)
   a = generator.kaiming_uniform((2 * width, i))
   b = generator.kaiming_uniform((o, width))
   return Projections(
@@ -110,9 +111,9 @@ def _block(config: Mapping[str, Any]) -> dict[str, Any]:
   return vera.block(config, "pvera")
 
 
-def _shared(tensors, config, shapes):
+def _shared(tensors, config, modules):
   if not config.options.save_projection:
-    return share(None, shapes, config.rank, config.options)
+    return share(None, modules)
   return Projections(a=jnp.asarray(tensors["pvera_A"], jnp.float32).T,
                      b=jnp.asarray(tensors["pvera_B"], jnp.float32).T)
 

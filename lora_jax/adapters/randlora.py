@@ -129,10 +129,11 @@ class RandLoRA(additive.Additive):
         rows=i, columns=o, **slot.values())
 
 
-def share(key, shapes, width, options, geometry=None):
+def share(key, modules):
   """The bases at the largest sizes, each side of standard deviation 1."""
-  del key, geometry  # PEFT has a seed of their own.
-  m, size = sorted(vera.largest(shapes))
+  del key  # PEFT has a seed of their own.
+  options, width = modules.options, modules.width
+  m, size = sorted(vera.largest(modules.shapes))
   n = -(-m // width)
   generator = torch_random.Generator(options.projection_key)
   if options.sparse or options.very_sparse:
@@ -195,9 +196,9 @@ def _block(config: Mapping[str, Any]) -> dict[str, Any]:
                   "projection_key": config["projection_prng_key"]}}
 
 
-def _shared(tensors, config, shapes):
+def _shared(tensors, config, modules):
   if not config.options.save_projection:
-    return share(None, shapes, config.rank, config.options)
+    return share(None, modules)
   a, b = (jnp.asarray(tensors[name], jnp.float32)
           for name in ("randlora_A", "randlora_B"))
   return Bases(a=a[:, 0], b=b, saved=True)

@@ -161,15 +161,15 @@ def _static(options):
   return {"topk": options.topk, "few": options.save_only_topk_weights}
 
 
-def share(key, shapes, width, options, geometry=None):
+def share(key, modules):
   """The bank.
 
   Raises:
     errors.UsageError: if a weight's shape is not made of whole vectors.
   """
-  del width, geometry
+  options = modules.options
   n, m = options.num_vectors, options.vector_length
-  for target, shape in shapes.items():
+  for target, shape in modules.shapes.items():
     if m < 1 or any(size % m for size in shape):
       raise errors.UsageError(
           f"adapter.options.vector_length={m} does not divide {target}'s "
@@ -206,8 +206,8 @@ def _block(config):
           "options": method.named(Options, config)}
 
 
-def _shared(tensors, config, shapes):
-  del config, shapes
+def _shared(tensors, config, modules):
+  del config, modules
   return Bank(vectors=jnp.asarray(tensors["vblora_vector_bank"], jnp.float32))
 
 

@@ -108,11 +108,12 @@ class VeRA(additive.Additive):
         rows=slot.shape[0], **slot.values("rate", "rank"))
 
 
-def share(key, shapes, width, options, geometry=None):
+def share(key, modules):
   """A and B at the largest sizes."""
-  del key, geometry  # PEFT has a seed of their own.
+  del key  # PEFT has a seed of their own.
+  options, width = modules.options, modules.width
   generator = torch_random.Generator(options.projection_key)
-  i, o = largest(shapes)
+  i, o = largest(modules.shapes)
   a = generator.kaiming_uniform((width, i))
   b = generator.kaiming_uniform((o, width))
   return Projections(
@@ -154,9 +155,9 @@ def block(config: Mapping[str, Any], name: str = "vera") -> dict[str, Any]:
               "projection_key": config["projection_prng_key"]}}
 
 
-def _shared(tensors, config, shapes):
+def _shared(tensors, config, modules):
   if not config.options.save_projection:
-    return share(None, shapes, config.rank, config.options)
+    return share(None, modules)
   return Projections(a=jnp.asarray(tensors["vera_A"], jnp.float32).T,
                      b=jnp.asarray(tensors["vera_B"], jnp.float32).T)
 

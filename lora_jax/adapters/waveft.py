@@ -111,9 +111,10 @@ def _static(slot):
       options.wavelet_family if options.use_idwt else None)}
 
 
-def share(key, shapes, width, options, geometry=None):
+def share(key, modules):
   """The places."""
-  del key, width, geometry  # PEFT has a seed of their own.
+  del key  # PEFT has a seed of their own.
+  options, shapes = modules.options, modules.shapes
   found = places.draw(shapes, options.n_frequency, options.random_loc_seed)
   if options.use_idwt:
     found = {name: _waves(*pair, shapes[name], options.wavelet_family)
@@ -152,9 +153,9 @@ def _block(config):
   return {"options": method.named(Options, config)}
 
 
-def _shared(tensors, config, shapes):
-  del tensors
-  return share(None, shapes, 1, config.options)
+def _shared(tensors, config, modules):
+  del tensors, config
+  return share(None, modules)
 
 
 METHOD = method.Method(

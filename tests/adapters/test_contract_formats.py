@@ -14,6 +14,7 @@ import pytest
 
 from lora_jax import adapters as adapters_lib
 from lora_jax.adapters import base as base_lib
+from lora_jax.adapters import method as method_lib
 from lora_jax.adapters import registry
 from lora_jax.adapters import starts
 from tests import tiny
@@ -41,8 +42,9 @@ class Case:
         options=config.options, start=starts.choose("default"),
         geometry=contract.GEOMETRY)
     self.shared = None if row.share is None else row.share(
-        jax.random.key(3), {target: shape}, width, config.options,
-        contract.GEOMETRY)
+        jax.random.key(3), method_lib.Modules(
+            {target: shape}, width, config.options, contract.GEOMETRY,
+            {target: [width]}))
     self.moved_shared = None if self.shared is None else contract.moved(
         self.shared)
     init = functools.partial(row.init, slot=slot, shared=self.shared)

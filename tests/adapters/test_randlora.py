@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lora_jax import adapters as adapters_lib
+from lora_jax.adapters import method as method_lib
 from lora_jax.adapters import randlora
 from tests import tiny
 from tests.adapters import with_peft
@@ -50,8 +51,8 @@ def test_bases_are_those_peft_draws(options):
       r=6, target_modules=["0", "1"], projection_prng_key=3, **options)
   model = peft.get_peft_model(layers, config).base_model
   shared = randlora.share(
-      None, {"0": (40, 70), "1": (70, 9)}, 6,
-      randlora.Options(projection_key=3, **options))
+      None, method_lib.Modules({"0": (40, 70), "1": (70, 9)}, 6,
+                               randlora.Options(projection_key=3, **options)))
   a, b = (x["default"].numpy() for x in (model.randlora_A, model.randlora_B))
   assert shared.b.shape == (70, 12, 6)
   # Exactly the same numbers in bfloat16; sparse ones are divided in float32.

@@ -10,6 +10,7 @@ import pytest
 
 from lora_jax import adapters as adapters_lib
 from lora_jax import errors
+from lora_jax.adapters import method as method_lib
 from lora_jax.adapters import partition
 from lora_jax.adapters import vera
 from tests.adapters import with_peft
@@ -36,7 +37,8 @@ def test_projections_are_those_peft_draws():
   torch = pytest.importorskip("torch")
   model = pytest.importorskip("peft.tuners.vera.model")
   options = vera.Options(projection_key=7)
-  shared = vera.share(None, {"q": (6, 10), "down": (9, 4)}, 5, options)
+  shared = vera.share(None, method_lib.Modules(
+      {"q": (6, 10), "down": (9, 4)}, 5, options))
   generator = torch.Generator().manual_seed(7)
   a = model._kaiming_init((5, 9), generator=generator)
   b = model._kaiming_init((10, 5), generator=generator)

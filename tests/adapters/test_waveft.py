@@ -9,6 +9,7 @@ import pytest
 from lora_jax import adapters as adapters_lib
 from lora_jax import errors
 from lora_jax.adapters import base
+from lora_jax.adapters import method as method_lib
 from lora_jax.adapters import places
 from lora_jax.adapters import registry
 from lora_jax.adapters import waveft
@@ -71,7 +72,8 @@ def test_the_weight_is_pefts(options):
       options=checked.options)
   adapter = waveft.WaveFT.from_peft(
       {"waveft_spectrum": module.waveft_spectrum["default"].detach().numpy()},
-      slot).bound(waveft.share(None, {"a": (i, o)}, 1, checked.options))
+      slot).bound(waveft.share(
+          None, method_lib.Modules({"a": (i, o)}, 1, checked.options)))
   w = np.zeros((i, o), np.float32)
   assert tiny.distance(adapter.merge(w), expected) < 1e-6
   x = np.random.default_rng(0).standard_normal((3, i)).astype(np.float32)

@@ -161,38 +161,44 @@ class _Reader:
     modules = self._modules(
         {k: v for k, v in named.items()
          if k.removeprefix(names_lib.SHARED) not in common}, known)
+    if not modules and self._block.targets != "auto":
+      # The config alone says which; all values are what modules share.
+      modules = {p: {} for t, flags in targets_lib.select(
+          self._paths, self._block.targets, self._block.layers).items()
+                 for p, flag in zip(self._paths[t], flags, strict=True) if flag}
     adapted = {t: [modules.get(p) for p in group]
                for t, group in self._paths.items() if t not in outer}
-    adapted = {t: present for t, present in adapted.items() if any(present)}
-    shared = None
+    adapted = {t: present for t, present in adapted.items()
+               if any(module is not None for module in present)}
+    ranks = {target: [self._rank(m, p) for m, p in zip(
+        present, self._paths[target], strict=True)]
+             for target, present in adapted.items()}
+    shared, of = None, method_lib.Modules(
+        {t: self._shapes[t] for t in adapted}, max(map(max, ranks.values())),
+        self._block.options, self._geometry, ranks, adapted)
     if self._row.share is not None:
-      shared = self._shared(common, {t: self._shapes[t] for t in adapted}, form)
-    layers, found = self._stacks(adapted, shared)
+      shared = self._shared(common, of, form)
+    layers, found = self._stacks(of, shared)
     self.targets = tuple(
         p for t, g in self._paths.items() for p in g
         if p in modules and t in adapted)
     return base_lib.Adapters(layers=layers, outer=found, shared=shared)
 
-  def _shared(self, common, shapes, form):
-    options = self._block.options
+  def _shared(self, common, of, form):
     try:
       if form is None:
-        like = self._row.share(
-            jax.random.key(0), shapes, self._block.rank, options,
-            self._geometry)
+        like = self._row.share(jax.random.key(0), of)
         return type(like).from_peft(common, base_lib.Slot(
-            rank=np.int32(1), scale=1.0, rate=0.0, options=options))
-      return form.shared(common, self._block, shapes)
+            rank=np.int32(1), scale=1.0, rate=0.0, options=of.options))
+      return form.shared(common, self._block, of)
     except KeyError as error:
       raise errors.UserError(
           f"{self._file}: {names_lib.SHARED}{error.args[0]} is missing; save "
           "the adapter again, with what its modules share") from None
 
-  def _stacks(self, adapted, shared):
+  def _stacks(self, of, shared):
     """(adapters of the layers, of what is outside of them) by target."""
-    ranks = {target: [self._rank(m, p) for m, p in zip(
-        present, self._paths[target], strict=True)]
-             for target, present in adapted.items()}
+    ranks, numbers, turns = of.ranks, of.numbers(), of.turns()
     inner = {t: r for t, r in ranks.items()
              if len(r) > 1 or ".layers." in self._paths[t][0]}
     ends: tuple[int, ...] = ()
@@ -201,39 +207,40 @@ class _Reader:
       ends = (depth,) if self._uncut else assemble.cuts(
           self._row, inner, self._shapes)
     layers, outer = {}, {}
-    for target, present in adapted.items():
+    for target, present in of.tensors.items():
+      rows = list(zip(present, ranks[target], self._paths[target],
+                      numbers[target], turns[target], strict=True))
       if target not in inner:
-        outer[target], = self._stack(
-            target, present, ranks[target], shared, 0, 1)
+        outer[target], = self._stack(target, rows, shared, 0, 1)
         continue
-      stacks = [self._stack(target, present, ranks[target], shared, *span)
+      stacks = [self._stack(target, rows, shared, *span)
                 for span in runs.spans(ends)]
       layers[target] = runs.joined([
           stack and jax.tree.map(lambda *x: np.stack(x), *stack)
           for stack in stacks], ends)
     return layers, outer
 
-  def _stack(self, target, present, ranks, shared, start, stop):
+  def _stack(self, target, rows, shared, start, stop):
     """The adapters of a target in a run of layers, or None.
 
     Those not adapted do nothing.
     """
     block, row, found = self._block, self._row, []
-    width = max(ranks[start:stop])
+    width = max(rank for _, rank, *_ in rows[start:stop])
     if not width:
       return None
-    for module, rank, path in list(zip(
-        present, ranks, self._paths[target], strict=True))[start:stop]:
+    for module, rank, path, number, turn in rows[start:stop]:
       alpha = config_lib.by_pattern(path, block.alpha_pattern, block.alpha)
       slot = base_lib.Slot(
           rank=np.int32(rank),
           scale=np.float32(
               row.scale(alpha, rank, block.options) if rank else 0.0),
-          rate=np.float32(block.dropout), target=target, width=width,
+          rate=np.float32(block.dropout), number=number, turn=turn,
+          target=target, width=width,
           shape=tuple(self._shapes[target]), options=block.options,
           start=starts.choose("default"), geometry=self._geometry)
-      found.append(
-          module and self._adapter(module, path, slot, shared))
+      found.append(None if module is None else self._adapter(
+          module, path, slot, shared))
     like = next(a for a in found if a is not None)
     return [like.inert() if a is None else a for a in found]
 
