@@ -60,6 +60,14 @@ def write_json(path: pathlib.Path, value: Any) -> None:
   write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
+def read_json(path: pathlib.Path) -> Any:
+  """A JSON file's value; None if it is not there, or cut short."""
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError):
+    return None
+
+
 def unwritable(path: pathlib.Path, error: OSError) -> errors.UserError:
   """The one-line error for a path that could not be written."""
   return errors.UserError(
