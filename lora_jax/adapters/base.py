@@ -149,6 +149,9 @@ class Adapter:
   follows_tie: ClassVar[bool] = False
   # Frozen fields that the weight alone determines; see `partition.beside`.
   constants: ClassVar[Mapping[str, Callable]] = {}
+  # Whether it computes the same with zeros behind its ranks, which then have
+  # no gradient; see `train.members`.
+  pads: ClassVar[bool] = False
   # Whether `finish` does something, and its gradient reads the sum.
   finishes: ClassVar[bool] = False
 

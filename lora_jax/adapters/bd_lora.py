@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,8 @@ class BDLoRA(lora.LoRA):
     b: `[r/n, o]`, block k the columns from k o/n on, or `[r, o]`.
     n: (blocks of A, blocks of B).
   """
+
+  pads: ClassVar[bool] = False  # Blocks would move.
 
   n: tuple[int, int] = base.static(default=(1, 1))
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,8 @@ class KaSA(lora.LoRA):
     d: `[r]`, the singular values of the change.
     u: `[i, r]`, U (`base.beside`); without it, it is found in the weight.
   """
+
+  pads: ClassVar[bool] = False  # Padding comes first in U.
 
   d: types.Array = base.trained(None, default=None)
   u: types.Array | None = base.frozen("in", None, default=None)

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 import dataclasses
 import math
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,8 @@ class LoRA(additive.Additive):
     rank: `[]` int32, the rank of this layer (0: not adapted).
     a0, b0: where A and B started, if they were taken out of the base.
   """
+
+  pads: ClassVar[bool] = True
 
   a: types.Array = base.trained("in", None)
   b: types.Array = base.up(None, "out")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import pathlib
 from typing import Any
@@ -21,6 +21,7 @@ from lora_jax.adapters import depth
 from lora_jax.adapters import hybrid
 from lora_jax.api import parts as parts_lib
 from lora_jax.api import settings as settings_lib
+from lora_jax.api import training as training_lib
 from lora_jax.data import dataset as dataset_lib
 from lora_jax.data import formats
 from lora_jax.data import pipeline
@@ -41,10 +42,6 @@ from lora_jax.models import load as load_lib
 from lora_jax.models import modules
 from lora_jax.models import sharding
 from lora_jax.train import loop
-from lora_jax.train import memory as memory_lib
-from lora_jax.train import optim as optim_lib
-from lora_jax.train import precision as precision_lib
-from lora_jax.train import sinks as sinks_lib
 from lora_jax.train import statistics
 from lora_jax.train import step as step_lib
 
@@ -286,18 +283,7 @@ class Model:
       held_out: dataset_lib.Dataset | None = None,
       *,
       workdir: str | pathlib.Path,
-      config: loop.TrainConfig | None = None,
-      optim: optim_lib.OptimConfig | None = None,
-      max_length: int | None = None,
-      packing: bool = True,
-      remat: str = "auto",
-      memory: memory_lib.MemoryConfig | None = None,
-      precision: precision_lib.Precision | None = None,
-      seed: int = 0,
-      sample: Callable[[Model], list[str]] | None = None,
-      save_best: Callable[[Model, int], None] | None = None,
-      sinks: sinks_lib.Sinks | None = None,
-      donate: bool = False,
+      **options: Any,
   ) -> tuple[Model, loop.Outcome]:
     """Trains the adapters; goes on from a checkpoint in `workdir`.
 
@@ -305,19 +291,21 @@ class Model:
       rows: to train on, from `encode`.
       held_out: rows to evaluate on at the start, the end and in between.
       workdir: where metrics and checkpoints go.
-      config: how long, how often.
-      optim: the optimiser.
-      max_length: tokens of a batch row; the longest of `rows` by default.
-      packing: several examples a row.
-      remat: what the backward pass keeps, a key of `models.remat.POLICIES`.
-      memory: how a step is made to fit in the device's.
-      precision: how the state is stored, and float16's loss scale.
-      seed: of order and dropout.
-      sample: generates texts at the start and the end.
-      save_best: called with the model whenever an evaluation is the best.
-      sinks: where metrics go beside the work directory; see `sinks.Sinks`.
-      donate: whether this model's base may move to host memory, for good, if
-        `memory` needs it there.
+      **options: of `training.prepare`:
+        config: `TrainConfig`, how long, how often.
+        optim: `OptimConfig`, the optimiser.
+        max_length: tokens of a batch row; the longest of `rows` by default.
+        packing: several examples a row.
+        remat: what the backward pass keeps, a key of `models.remat.POLICIES`.
+        memory: `MemoryConfig`, how a step is made to fit in the device's.
+        precision: how the state is stored, and float16's loss scale.
+        seed: of order and dropout.
+        sample: generates texts of a model at the start and the end.
+        save_best: called with the model and the step whenever an evaluation
+          is the best.
+        sinks: where metrics go beside the work directory; see `sinks.Sinks`.
+        donate: whether this model's base may move to host memory, for good,
+          if `memory` needs it there.
 
     Returns:
       The trained model, and what happened.
@@ -325,55 +313,8 @@ class Model:
     Raises:
       errors.UserError: see `loop.fit`.
     """
-    config = (config or loop.TrainConfig()).validate()
-    optim = (optim or optim_lib.OptimConfig()).validate()
-    precision = (precision or precision_lib.Precision()).validate()
-    precision_lib.check_frozen_matmul(
-        precision.frozen_matmul, self.dtype, self.adapter_config.method)
-    params, frozen = adapters_lib.split(self.adapters)
-    longest = max_length or int(rows.lengths.max())
-    ahead = adapters_lib.virtual_tokens(self.adapters)
-    if config.steps and not jax.tree.leaves(params):
-      raise errors.UsageError(
-          f"adapter.method={self.adapter_config.method} trains nothing; set "
-          "train.steps=0, or choose another method")
-
-    def model(params, base):
-      return dataclasses.replace(
-          self, base=base, adapters=adapters_lib.join(
-              precision_lib.widen(params), frozen))
-
-    settings = self.settings(
-        layout="packed" if packing else "single", steps=config.steps,
-        remat=remat, optimizer=optim.name, precision=precision)
-    evaluate = None if held_out is None else (
-        lambda *now: model(*now).evaluate(
-            held_out, batch_size=config.batch_size))
-    task = loop.Task(
-        model=self.config, base=self.base, frozen=frozen,
-        batches=pipeline.Batches(
-            virtual.ahead(
-                rows, ahead, adapters_lib.virtual_tasks(self.adapters)),
-            config.batch_size,
-            config.accumulation, longest + ahead, packing, seed),
-        learning_rates=optim_lib.learning_rates(optim, config.steps),
-        optim=optim,
-        base_digest=self.replaced,
-        memory=(memory or memory_lib.MemoryConfig()).validate(),
-        settings=settings,
-        key=jax.random.key(seed),
-        place=self._place_batch,
-        evaluate=evaluate,
-        sample=sample and (lambda *now: sample(model(*now))),
-        save_best=save_best and (
-            lambda params, base, step: save_best(model(params, base), step)),
-        sinks=sinks or sinks_lib.Sinks(), donate=donate)
-    outcome = loop.fit(
-        task, self._place(step_lib.init_state(
-            params, precision, self.dtype, optim.name, self.offload,
-            settings.rules)),
-        config, pathlib.Path(workdir))
-    return model(outcome.state.params, outcome.base), outcome
+    return training_lib.prepare(
+        self, rows, held_out, workdir=workdir, **options).fit()
 
   settings = settings_lib.settings
 
