@@ -13,11 +13,12 @@ from lora_jax.data import formats
 from lora_jax.data import sources
 from lora_jax.data import templates
 
+# Rows to train on, rows held out, and the held-out examples.
+Data = tuple[
+    dataset_lib.Dataset, dataset_lib.Dataset | None, list[formats.Example]]
 
-def datasets(
-    model: api.Model, config: dict[str, Any]
-) -> tuple[dataset_lib.Dataset, dataset_lib.Dataset | None,
-           list[formats.Example]]:
+
+def datasets(model: api.Model, config: dict[str, Any]) -> Data:
   """Rows to train on, rows held out, and the held-out examples.
 
   Held-out rows are drawn from those of at most `data.eval_max_length`

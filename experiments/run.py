@@ -10,6 +10,8 @@ holds is listed in lora_jax/train/workdir.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -28,14 +30,10 @@ from experiments import rows as rows_lib
 from lora_jax import api
 from lora_jax import errors
 from lora_jax import processes
+from lora_jax.api import training as training_lib
 from lora_jax.train import loop
 from lora_jax.train import sinks as sinks_lib
 from lora_jax.train import workdir as workdir_lib
-
-config_flags.DEFINE_config_file(
-    "config", help_string="A file of configs/, with :arg behind it or not.")
-flags.DEFINE_string(
-    "workdir", None, "Where the run writes; a folder under runs/ by default.")
 
 
 def default_workdir(name: str, config: dict[str, Any]) -> pathlib.Path:
@@ -122,7 +120,41 @@ def execute(config: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
 
 def _execute(config, folder, sinks):
   model = blocks.load(config, trains=True)
-  rows, held_out, examples = rows_lib.datasets(model, config)
+  data = rows_lib.datasets(model, config)
+  ready = prepare(config, folder, sinks, model, data, donate=True)
+  return ready.finish(*ready.training.fit())
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+  """A run that has not begun.
+
+  Attributes:
+    training: it.
+    finish: `(model, outcome, together=1) -> summary`; what is left to do after
+      it, of so many side by side. Of several processes the one that writes
+      has a summary.
+  """
+
+  training: training_lib.Training
+  finish: Callable[..., dict[str, Any]]
+
+
+def prepare(
+    config: dict[str, Any], folder: pathlib.Path, sinks: sinks_lib.Sinks,
+    model: api.Model, data: rows_lib.Data, donate: bool = False,
+) -> Ready:
+  """A run of a config whose base is loaded.
+
+  Args:
+    config: resolved.
+    folder: its work directory.
+    sinks: where metrics go beside it.
+    model: from `blocks.load`.
+    data: from `rows.datasets`.
+    donate: whether nobody else needs the model's base.
+  """
+  rows, held_out, examples = data
   if config["adapter"]["init_from"]:
     model = model.with_adapter(
         config["adapter"]["init_from"], dropout=config["adapter"]["dropout"])
@@ -133,8 +165,7 @@ def _execute(config, folder, sinks):
         + f" of {config['adapter']['init_from']}; of the config's adapter "
         "block only dropout counts")
   else:
-    model = _adapted(model, rows, config, folder)
-  train = blocks.train(config)
+    model = _adapted(model, rows, config, folder, donate)
   asked = rows_lib.prompts(
       model, examples, config["data"]["system"], config["train"]["samples"])
 
@@ -151,21 +182,24 @@ def _execute(config, folder, sinks):
     elif trained.adapter_config.method != "none":
       trained.save(folder / "adapter")
 
-  model, outcome = model.train(
-      rows, held_out, workdir=folder, config=train,
+  def finished(trained, outcome, together=1):
+    if held_out is None:
+      save(trained)
+    if not processes.writes():
+      return {}
+    return finish(
+        trained, outcome, folder, [a[1:] for a in asked], together)
+
+  return Ready(training_lib.prepare(
+      model, rows, held_out, workdir=folder, config=blocks.train(config),
       optim=blocks.optim(config), max_length=config["data"]["max_length"],
       packing=config["data"]["packing"], remat=config["compute"]["remat"],
       precision=blocks.precision(config), memory=blocks.memory(config),
       seed=config["seed"], sample=sample if asked else None, save_best=save,
-      sinks=sinks, donate=True)
-  if held_out is None:
-    save(model)
-  if not processes.writes():
-    return {}
-  return finish(model, outcome, folder, [a[1:] for a in asked])
+      sinks=sinks, donate=donate), finished)
 
 
-def _adapted(model, rows, config, folder):
+def _adapted(model, rows, config, folder, donate):
   """The model with fresh adapters.
 
   What a start makes of rows is written down before the first step: a run that
@@ -173,11 +207,11 @@ def _adapted(model, rows, config, folder):
   """
   block, start = blocks.adapter(config), folder / "start"
   if start.is_dir():
-    return model.with_adapter(start, donate=True)
+    return model.with_adapter(start, donate=donate)
   adapted = model.adapt(
       blocks.adapters_of(config), rows=rows,
       batch_size=config["train"]["batch_size"], seed=config["seed"],
-      donate=True)
+      donate=donate)
   if block.start().informed is not None:
     print(f"adapter: init={block.init} looked at up to {block.init_batches} "
           f"batches of rows; see {start}")
@@ -187,10 +221,10 @@ def _adapted(model, rows, config, folder):
 
 def finish(
     model: api.Model, outcome: loop.Outcome, folder: pathlib.Path,
-    prompts: list[tuple[str, str]]
+    prompts: list[tuple[str, str]], together: int = 1
 ) -> dict[str, Any]:
-  """Writes and prints the result."""
-  found = report.summary(model, outcome, folder)
+  """Writes and prints the result; `together`: runs that shared its steps."""
+  found = report.summary(model, outcome, folder) | {"together": together}
   workdir_lib.write_json(folder / "summary.json", found)
   workdir_lib.write_bytes(
       folder / "samples.md",
@@ -218,6 +252,14 @@ def finish(
   return found
 
 
+def define_flags() -> None:
+  """Those of this command; others import this module for what it does."""
+  config_flags.DEFINE_config_file(
+      "config", help_string="A file of configs/, with :arg behind it or not.")
+  flags.DEFINE_string(
+      "workdir", None, "Where the run writes; a folder under runs/ by default.")
+
+
 def main() -> None:
   config = flags.FLAGS.config
   if config is None:
@@ -235,4 +277,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+  define_flags()
   cli.run(main)

@@ -35,7 +35,7 @@ FLOORS = {
 # Floors that stand beside the stairs, and all that they may import.
 BESIDE = {
     "lora_jax.data": {"lora_jax.data", "lora_jax.types", "lora_jax.errors"},
-    "configs": {"configs.common"},
+    "configs": {"configs.common", "configs.grid"},
 }
 SOURCES = sorted(
     p for top in ("lora_jax", "experiments", "configs", "third_party")

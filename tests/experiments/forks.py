@@ -154,6 +154,7 @@ def _main():
   transformers.AutoTokenizer  # noqa: B018 (imported when it is looked up)
   transformers.PreTrainedTokenizerFast  # noqa: B018
   transformers.LlamaConfig  # noqa: B018
+  run.define_flags()
   _serve(lambda: cli.run(run.main))
 
 
