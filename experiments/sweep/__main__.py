@@ -131,6 +131,7 @@ def _open(study, folder):
   path = folder / "sweep.json"
   names = [c.name for c in study.cells]
   found = {"study": str(study.file), "arg": study.arg, "cells": names,
+           "set": dict(study.changes),
            "overrides": {c.name: dict(c.overrides) for c in study.cells},
            "git_commit": workdir_lib.git_commit()}
   if path.exists():

@@ -74,6 +74,7 @@ class Study:
     arg: what it was given.
     cells: of `sweep()`.
     claims: of `claims()`, or ().
+    changes: of fields of all cells, as text.
   """
 
   file: pathlib.Path
@@ -81,6 +82,7 @@ class Study:
   arg: str
   cells: tuple[Cell, ...]
   claims: tuple[Any, ...] = ()
+  changes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def study(
@@ -113,7 +115,7 @@ def study(
       for name, one in zip(names(overrides), overrides, strict=True)]
   claims = parts["claims"](*given) if "claims" in parts else ()
   return Study(pathlib.Path(file), pathlib.Path(file).stem, arg, tuple(cells),
-               tuple(claims))
+               tuple(claims), dict(changes or {}))
 
 
 def names(overrides: Sequence[Mapping[str, Any]]) -> list[str]:

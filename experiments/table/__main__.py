@@ -1,0 +1,88 @@
+"""Tables, plots and verdicts of a sweep.
+
+  python -m experiments.table --workdir=runs/sweeps/rank
+  python -m experiments.table --workdir=runs/sweeps/rank \\
+      --output=docs/results/rank
+
+Writes README.md, table.csv, index.html (one file with everything in it) and
+the plots, by default into the sweep's folder `table`.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+import pathlib
+import runpy
+
+from absl import flags
+
+from experiments import cli
+from experiments.table import page
+from experiments.table import plots
+from experiments.table import results
+from experiments.table import verdicts
+from lora_jax import errors
+from lora_jax.train import workdir as workdir_lib
+
+
+def make(
+    folder: pathlib.Path, output: pathlib.Path, mix: bool = False
+) -> list[verdicts.Verdict]:
+  """Everything that is made of a sweep.
+
+  Args:
+    folder: of the sweep.
+    output: where it goes.
+    mix: whether cells may be of different commits.
+
+  Raises:
+    errors.UserError: if no cell is done, or they are of different commits.
+  """
+  study = results.folder_study(folder)
+  found = results.runs(study.cells)
+  if not found:
+    raise errors.UserError(
+        f"{folder}: none of its {len(study.cells)} cells is done; run "
+        "experiments.sweep")
+  results.check_commits(found, mix)
+  parts = runpy.run_path(str(study.file))
+  given = (study.arg,) if study.arg else ()
+  tuned = parts["tuned"](*given) if "tuned" in parts else ()
+  arms = results.arms(found, tuned)
+  wanted = parts["baseline"](*given) if "baseline" in parts else {}
+  baseline = (results.arm_of(arms, wanted) if wanted else None) or arms[0]
+  judged = verdicts.judge(study.claims, arms)
+  commit = Counter(run.commit for run in found).most_common(1)[0][0]
+  output.mkdir(parents=True, exist_ok=True)
+  environment = workdir_lib.read_json(
+      found[0].cell.folder / "environment.json") or {}
+  text = ast.get_docstring(ast.parse(study.file.read_text())) or study.name
+  title, _, text = text.partition("\n")
+  page.write(
+      output, title=title, lines=page.header(study, found, environment),
+      table=page.rows(arms, baseline, commit), judged=judged,
+      pictures=plots.draw(arms, found, output), text=text.strip())
+  left = len(study.cells) - len(found)
+  for one in judged:
+    print(f"{one.verdict:10} {one.text}: {one.numbers}")
+  print(f"{output}/README.md, table.csv, index.html: {len(arms)} arms of "
+        f"{len(found)} cells"
+        + (f"; {left} cells are not done" if left else ""))
+  return judged
+
+
+def main() -> None:
+  values = flags.FLAGS
+  if values.workdir is None:
+    raise errors.UsageError("--workdir is missing; give that of a sweep")
+  folder = pathlib.Path(values.workdir)
+  output = pathlib.Path(values.output) if values.output else folder / "table"
+  make(folder, output, values.mix)
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("workdir", None, "Of a sweep.")
+  flags.DEFINE_string("output", None, "Where; the sweep's folder by default.")
+  flags.DEFINE_bool("mix", False, "Take cells of different commits together.")
+  cli.run(main)

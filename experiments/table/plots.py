@@ -1,0 +1,174 @@
+"""The pictures of a study."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from experiments.table import results
+from lora_jax.train import workdir as workdir_lib
+
+
+def draw(
+    arms: Sequence[results.Arm], found: Sequence[results.Run],
+    folder: pathlib.Path) -> list[pathlib.Path]:
+  """Writes whatever pictures the arms allow.
+
+  Args:
+    arms: of the study.
+    found: all runs, those that were not chosen too.
+    folder: where.
+  """
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+
+  made = []
+  for name, picture in (("curves", _curves), ("factor", _factor),
+                        ("map", _map), ("pareto", _pareto)):
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.6), layout="constrained")
+    if picture(figure, axes, arms, found):
+      made.append(folder / f"{name}.png")
+      figure.savefig(made[-1], dpi=120)
+    pyplot.close(figure)
+  return made
+
+
+def _lines(run, key):
+  lines = workdir_lib.read_metrics(run.cell.folder / "metrics.jsonl")
+  return {x["step"]: x[key] for x in lines if x.get(key) is not None}
+
+
+def _curves(figure, axes, arms, found):
+  """Held-out loss by step, the mean over seeds."""
+  del found, figure
+  colours = _colours(len(arms))
+  for colour, arm in zip(colours, arms, strict=True):
+    curves = [_lines(run, "eval_loss") for run in arm.runs]
+    steps = sorted(set.intersection(*(set(c) for c in curves)))
+    values = np.array([[c[s] for s in steps] for c in curves])
+    axes.plot(steps, values.mean(0), "o-", ms=3, color=colour, label=arm.name)
+    if len(curves) > 1:
+      axes.fill_between(
+          steps, values.min(0), values.max(0), color=colour, alpha=0.15, lw=0)
+  axes.set(xlabel="step", ylabel="held-out loss (nats a token)",
+           title="mean over seeds; shaded: least to most")
+  axes.grid(alpha=0.3)
+  axes.legend(fontsize=7, ncols=1 + len(arms) // 12)
+  return True
+
+
+def _factor(figure, axes, arms, found):
+  """Loss against the one number in which arms differ, with intervals."""
+  del found, figure
+  numeric = _numeric(arms)
+  if len(numeric) != 1:
+    return False
+  field, = numeric
+  rest: dict[str, list[results.Arm]] = {}
+  for arm in arms:
+    if field in arm.fields:
+      key = ", ".join(f"{k.rpartition('.')[2]}={v}"
+                      for k, v in arm.fields.items() if k != field)
+      rest.setdefault(key, []).append(arm)
+  for colour, (name, group) in zip(
+      _colours(len(rest)), rest.items(), strict=True):
+    group = sorted(group, key=lambda a: a.fields[field])
+    x = [a.fields[field] for a in group]
+    losses = [a.loss() for a in group]
+    low, high = np.array([s.interval() for s in losses]).T
+    y = np.array([s.value for s in losses])
+    axes.errorbar(x, y, [y - low, high - y], fmt="o-", capsize=3, ms=4,
+                  color=colour, label=name or None)
+  if min(a.fields.get(field, 1) for a in arms) > 0:
+    axes.set_xscale("log", base=2 if field.endswith("rank") else 10)
+    ticks = sorted({a.fields[field] for a in arms if field in a.fields})
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
+  axes.set(xlabel=field, ylabel="held-out loss (nats a token)",
+           title="95% intervals over seeds and rows")
+  axes.grid(alpha=0.3)
+  if any(rest):
+    axes.legend(fontsize=8)
+  return True
+
+
+def _map(figure, axes, arms, found):
+  """Loss of every pair of values, of two numbers in which cells differ."""
+  del arms
+  fields = sorted({k for run in found for k, v in run.cell.overrides.items()
+                   if k != "seed" and _number(v)})
+  if len(fields) != 2 or any(
+      not all(f in run.cell.overrides for f in fields) for run in found):
+    return False
+  rows, columns = (sorted({run.cell.overrides[f] for run in found})
+                   for f in fields)
+  sums: dict[tuple[int, int], list[float]] = {}
+  for run in found:
+    at = (rows.index(run.cell.overrides[fields[0]]),
+          columns.index(run.cell.overrides[fields[1]]))
+    nll, weight = run.half(1)
+    sums.setdefault(at, []).append(nll.sum() / weight.sum())
+  values = np.full((len(rows), len(columns)), np.nan)
+  for at, losses in sums.items():
+    values[at] = np.mean(losses)
+  if len(rows) < 2 or len(columns) < 2:
+    return False
+  # Some rates diverge: colours tell the good ones apart.
+  shown = np.clip(values, None, np.nanpercentile(values, 75) + 1e-9)
+  image = axes.imshow(shown, aspect="auto", cmap="viridis_r")
+  axes.set_yticks(range(len(rows)), [f"{r:g}" for r in rows])
+  axes.set_xticks(range(len(columns)), [f"{c:g}" for c in columns])
+  best = np.unravel_index(np.nanargmin(values), values.shape)
+  for (i, j), value in np.ndenumerate(values):
+    if np.isfinite(value):
+      axes.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=8,
+                color="white" if shown[i, j] < np.nanmean(shown) else "black",
+                fontweight="bold" if (i, j) == best else None)
+  axes.set(xlabel=fields[1], ylabel=fields[0],
+           title="held-out loss, mean over seeds; bold: the lowest")
+  figure.colorbar(image)
+  return True
+
+
+def _pareto(figure, axes, arms, found):
+  """Loss against trained parameters."""
+  del found, figure
+  sizes = [arm.mean("trainable_parameters") or 0 for arm in arms]
+  if len({s for s in sizes if s}) < 2:
+    return False
+  best = np.inf
+  for size, arm in sorted(zip(sizes, arms, strict=True), key=lambda p: p[0]):
+    value = arm.loss().value
+    front, best = value < best, min(best, value)
+    axes.scatter(size, value, s=26, color="C0" if front else "0.6", zorder=3)
+    axes.annotate(arm.name, (size, value), xytext=(4, 4), fontsize=7,
+                  textcoords="offset points")
+  axes.set(xlabel="trained parameters", ylabel="held-out loss (nats a token)",
+           title="blue: nothing smaller is better", xscale="log")
+  axes.margins(x=0.12)
+  axes.grid(alpha=0.3)
+  return True
+
+
+def _number(value: Any) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _numeric(arms):
+  """Fields with several values, all numbers."""
+  values: dict[str, set] = {}
+  for arm in arms:
+    for field, value in arm.fields.items():
+      values.setdefault(field, set()).add(value)
+  return [f for f, v in values.items() if len(v) > 1 and all(map(_number, v))]
+
+
+def _colours(n):
+  from matplotlib import pyplot
+
+  return pyplot.get_cmap("viridis")(np.linspace(0, 0.92, max(n, 1)))

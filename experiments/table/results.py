@@ -1,0 +1,189 @@
+"""The cells of a sweep as arms: what was compared, over seeds.
+
+An arm is what is left of a cell's overrides without its seed and without what
+each arm is tuned over (`tuned()` of the study). The value of that is chosen on
+one half of the held-out rows; every number of the table is of the other half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from experiments.sweep import cells as cells_lib
+from lora_jax import errors
+from lora_jax.evaluate import statistics
+from lora_jax.train import workdir as workdir_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A cell that is done.
+
+  Attributes:
+    cell: it.
+    summary: `summary.json`.
+    commit: of its code.
+    nll, weight: `[n]` of the held-out rows at its end.
+  """
+
+  cell: cells_lib.Cell
+  summary: Mapping[str, Any]
+  commit: str | None
+  nll: np.ndarray
+  weight: np.ndarray
+
+  def half(self, which: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every second row, from row `which` on."""
+    return self.nll[which::2], self.weight[which::2]
+
+  @property
+  def seed(self) -> Any:
+    return self.cell.config["seed"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """What differs from other arms, and its runs, one a seed.
+
+  Attributes:
+    name: for tables.
+    fields: overrides by field.
+    runs: in the order of the seeds.
+    chosen: what it was tuned to, by field.
+    edge: whether that is at an end of what was tried.
+  """
+
+  name: str
+  fields: Mapping[str, Any]
+  runs: tuple[Run, ...]
+  chosen: Mapping[str, Any]
+  edge: bool
+
+  def loss(self) -> statistics.Samples:
+    """Nats a token of the half that nothing was chosen on."""
+    return statistics.over_seeds([run.half(1) for run in self.runs])
+
+  def less(self, other: Arm) -> statistics.Samples:
+    """This arm's loss less another's, paired by seed and row.
+
+    Raises:
+      errors.UserError: if they have no seed in common.
+    """
+    theirs = {run.seed: run for run in other.runs}
+    pairs = []
+    for run in self.runs:
+      if run.seed in theirs:
+        (a, weight), (b, _) = run.half(1), theirs[run.seed].half(1)
+        pairs.append((a - b, weight))
+    if not pairs:
+      raise errors.UserError(
+          f"{self.name} and {other.name} have no seed in common; run the "
+          "sweep to its end")
+    return statistics.over_seeds(pairs)
+
+  def mean(self, key: str) -> float | None:
+    """Of a number of the summaries."""
+    values = [run.summary.get(key) for run in self.runs]
+    known = [v for v in values if v is not None]
+    return float(np.mean(known)) if known else None
+
+
+def runs(cells: Sequence[cells_lib.Cell]) -> list[Run]:
+  """Those of the cells that are done."""
+  found = []
+  for cell in cells:
+    summary = cell.summary()
+    if summary is None:
+      continue
+    rows = json.loads((
+        cell.folder / "evals" / f"{summary['steps']}.json").read_text())
+    environment = workdir_lib.read_json(cell.folder / "environment.json") or {}
+    found.append(Run(
+        cell, summary, environment.get("git_commit"),
+        np.asarray(rows["nll"]), np.asarray(rows["weight"])))
+  return found
+
+
+def check_commits(found: Sequence[Run], mix: bool) -> None:
+  """Refuses cells of different code, unless told to.
+
+  Raises:
+    errors.UserError: names the commits and how many cells each has.
+  """
+  commits = sorted({str(run.commit) for run in found})
+  if len(commits) > 1 and not mix:
+    raise errors.UserError(
+        "the cells are of different commits: " + ", ".join(
+            f"{c[:12]} ({sum(str(r.commit) == c for r in found)} cells)"
+            for c in commits)
+        + "; run those of older ones again (delete their folders), or give "
+        "--mix, which marks them")
+
+
+def arms(found: Sequence[Run], tuned: Sequence[str]) -> list[Arm]:
+  """The arms, in the order of the sweep."""
+  grouped: dict[str, dict[str, list[Run]]] = {}
+  fields: dict[str, dict[str, Any]] = {}
+  for run in found:
+    own = {k: v for k, v in run.cell.overrides.items()
+           if k != "seed" and k not in tuned}
+    name = cells_lib.names([own])[0]
+    fields[name] = own
+    tried = json.dumps({k: run.cell.overrides[k] for k in tuned
+                        if k in run.cell.overrides})
+    grouped.setdefault(name, {}).setdefault(tried, []).append(run)
+  made = []
+  for name, options in grouped.items():
+    def chosen_on(text, options=options):
+      return statistics.over_seeds(
+          [run.half(0) for run in options[text]], resamples=1).value
+
+    best = min(options, key=chosen_on)
+    values = json.loads(best)
+    edge = any(
+        value in (min(all_), max(all_)) for key, value in values.items()
+        if len(all_ := {json.loads(t)[key] for t in options}) > 1)
+    made.append(Arm(
+        name, fields[name], tuple(sorted(
+            options[best], key=lambda run: str(run.seed))), values, edge))
+  return made
+
+
+def arm_of(made: Sequence[Arm], wanted: Mapping[str, Any]) -> Arm | None:
+  """The arm with these fields; None if it has not run, or several have."""
+  found = [arm for arm in made if all(
+      arm.fields.get(k) == v for k, v in wanted.items())]
+  exact = [arm for arm in found if dict(arm.fields) == dict(wanted)]
+  if len(exact or found) == 1:
+    return (exact or found)[0]
+  return None
+
+
+def folder_study(folder: pathlib.Path) -> cells_lib.Study:
+  """The study of a sweep's folder, as it was when it ran.
+
+  Raises:
+    errors.UserError: if the folder holds none.
+  """
+  known = workdir_lib.read_json(folder / "sweep.json")
+  if known is None:
+    raise errors.UserError(
+        f"{folder} holds no sweep.json; give the --workdir of a sweep")
+  study = cells_lib.study(
+      known["study"] + (f":{known['arg']}" if known["arg"] else ""), folder,
+      known.get("set"))
+  now = {cell.name for cell in study.cells}
+  cells = [c for c in study.cells if c.name in known["cells"]]
+  gone = [n for n in known["cells"] if n not in now]
+  if gone:
+    raise errors.UserError(
+        f"{folder}: cell {gone[0]} is no longer one of {known['study']}; "
+        "check out the commit that ran it, "
+        f"{str(known['git_commit'])[:12]}")
+  return dataclasses.replace(study, cells=tuple(cells))

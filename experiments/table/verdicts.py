@@ -1,0 +1,85 @@
+"""What a study's claims came to.
+
+  better  the arm's loss is lower than another's by more than `by`
+  same    the two differ by no more than `within`
+
+"better" holds if the 95% interval of the difference is below -by, and is
+refuted if it is above. "same" holds if the 90% interval is within the margin:
+two one-sided tests at 5% (Schuirmann 1987); it is refuted if the 95% interval
+is outside. Anything else is undecided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+from typing import Any
+
+from experiments.table import results
+from lora_jax import errors
+from lora_jax.evaluate import statistics
+
+HELD, REFUTED, UNDECIDED, OPEN = "held", "refuted", "undecided", "not run"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """A claim, what was found, and the numbers."""
+
+  text: str
+  verdict: str
+  numbers: str
+
+
+def judge(
+    claims: Sequence[Mapping[str, Any]], arms: Sequence[results.Arm]
+) -> list[Verdict]:
+  """A verdict for every claim.
+
+  Raises:
+    errors.UsageError: for a kind of claim that does not exist.
+  """
+  found = []
+  for claim in claims:
+    rule = errors.choose("claim kind", claim["kind"], RULES)
+    arm, than = (results.arm_of(arms, claim[k]) for k in ("arm", "than"))
+    if arm is None or than is None:
+      found.append(Verdict(claim["text"], OPEN, "its arms are not there"))
+    else:
+      found.append(Verdict(
+          claim["text"], *rule(claim, arm.less(than), arm, than)))
+  return found
+
+
+def _better(claim, difference, arm, than):
+  by = claim.get("by", 0.0)
+  low, high = difference.interval()
+  verdict = (HELD if high < -by else REFUTED if low > -by else UNDECIDED)
+  wanted = f"below {-by:+g}" if by else "below 0"
+  return verdict, _text(arm, than, difference, (low, high), "95%", wanted)
+
+
+def _same(claim, difference, arm, than):
+  within = claim.get("within", 0.01)
+  low, high = difference.interval(0.9)
+  wide = difference.interval()
+  if -within <= low and high <= within:
+    verdict = HELD
+  elif wide[0] > within or wide[1] < -within:
+    verdict = REFUTED
+  else:
+    verdict = UNDECIDED
+  return verdict, _text(
+      arm, than, difference, (low, high), "90%", f"within {within:g}")
+
+
+def _text(
+    arm: results.Arm, than: results.Arm, difference: statistics.Samples,
+    interval: tuple[float, float], level: str, wanted: str) -> str:
+  low, high = interval
+  return (f"{arm.name} less {than.name}: {difference.value:+.4f}, {level} "
+          f"[{low:+.4f}, {high:+.4f}], wanted {wanted}; "
+          f"{len(arm.runs)} seed{'s' * (len(arm.runs) > 1)}")
+
+
+RULES = {"better": _better, "same": _same}
