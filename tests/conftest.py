@@ -12,7 +12,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # of it. XLA_FLAGS="" tests code as users run it; what promises bits is tested
 # in such code in any case (tests/quant/test_optimised.py).
 os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0" + (
+    "XLA_FLAGS", "--xla_backend_optimization_level=0"
+    # Small programs take a fifth longer when they are cut up for threads.
+    " --xla_cpu_parallel_codegen_split_count=1" + (
         " --xla_cpu_use_fusion_emitters=false"  # jaxlib 0.11 has no such flag.
         if importlib.metadata.version("jaxlib").startswith("0.10.") else ""))
 os.environ.setdefault(
