@@ -18,6 +18,7 @@ from lora_jax.adapters import bias
 from lora_jax.adapters import boft
 from lora_jax.adapters import bottleneck
 from lora_jax.adapters import c3a
+from lora_jax.adapters import cartridge
 from lora_jax.adapters import compacter
 from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import deft
@@ -93,6 +94,7 @@ METHODS: dict[str, method_lib.Method] = {
     "ln_tuning": norms.METHOD,
     "prefix": prefix.METHOD,
     "p_tuning_v2": prefix.P_TUNING_V2,
+    "cartridge": cartridge.METHOD,
     "prompt": prompt.METHOD,
     "loha": loha.METHOD,
     "lokr": lokr.METHOD,
