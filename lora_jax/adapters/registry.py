@@ -32,6 +32,7 @@ from lora_jax.adapters import hira
 from lora_jax.adapters import hra
 from lora_jax.adapters import ia3
 from lora_jax.adapters import kasa
+from lora_jax.adapters import lily
 from lora_jax.adapters import llama_adapter
 from lora_jax.adapters import loha
 from lora_jax.adapters import lokr
@@ -85,6 +86,7 @@ METHODS: dict[str, method_lib.Method] = {
     "vera": vera.METHOD,
     "pvera": pvera.METHOD,
     "mixture": mixture.METHOD,
+    "lily": lily.METHOD,
     "randlora": randlora.METHOD,
     "vblora": vblora.METHOD,
     "fourierft": fourierft.METHOD,
@@ -188,7 +190,7 @@ def _takes(row: method_lib.Method, init: str) -> bool:
 
 def count(
     row: method_lib.Method, options: Any, target: str,
-    shape: Sequence[int], rank: int, geometry: base.Geometry
+    shape: Sequence[int], rank: int, geometry: base.Geometry, turn: int = 0
 ) -> int:
   """Trainable parameters of one place, by the row's formula.
 
@@ -199,9 +201,10 @@ def count(
     shape: `(i, o)` of a projection, `(d,)` of a norm, `()` of others.
     rank: r.
     geometry: the model's sizes.
+    turn: its number among the adapted ones of its target.
   """
   names = dataclasses.asdict(geometry) | dataclasses.asdict(options) | {
-      "target": target, "r": rank, "min": min, "max": max,
+      "target": target, "turn": turn, "r": rank, "min": min, "max": max,
       "options": options}
   if len(shape) == 2:
     names |= {"i": shape[0], "o": shape[1]}

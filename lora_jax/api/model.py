@@ -359,7 +359,7 @@ class Model:
         learning_rates=optim_lib.learning_rates(optim, config.steps),
         optim=optim,
         base_digest=self.replaced,
-        memory=(memory or memory_lib.MemoryConfig()).validate(),
+        memory=settings_lib.memory(self, memory, config.batch_size),
         settings=settings,
         key=jax.random.key(seed),
         place=self._place_batch,
