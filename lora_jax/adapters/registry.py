@@ -21,6 +21,7 @@ from lora_jax.adapters import c3a
 from lora_jax.adapters import cartridge
 from lora_jax.adapters import compacter
 from lora_jax.adapters import config as config_lib
+from lora_jax.adapters import cpt
 from lora_jax.adapters import deft
 from lora_jax.adapters import delora
 from lora_jax.adapters import dora
@@ -109,6 +110,7 @@ METHODS: dict[str, method_lib.Method] = {
     "glora": glora.METHOD,
     "peanut": peanut.METHOD,
     "para": deft.PARA,
+    "cpt": cpt.METHOD,
     "multitask_prompt": multitask_prompt.METHOD,
     "p_tuning": p_tuning.METHOD,
     "llama_adapter": llama_adapter.METHOD,

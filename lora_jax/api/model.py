@@ -274,9 +274,7 @@ class Model:
       batch_size: rows at a time, rounded up to what the mesh divides.
     """
     ways = mesh_lib.ways(self.mesh)
-    rows = virtual.ahead(
-        rows, adapters_lib.virtual_tokens(self.adapters),
-        adapters_lib.virtual_tasks(self.adapters))
+    rows = virtual.ahead(rows, **adapters_lib.virtual_places(self.adapters))
     return self.row_losses(
         pipeline.eval_batches(rows, -(-batch_size // ways) * ways))
 
@@ -353,7 +351,7 @@ class Model:
         model=self.config, base=self.base, frozen=frozen,
         batches=pipeline.Batches(
             virtual.ahead(
-                rows, ahead, adapters_lib.virtual_tasks(self.adapters)),
+                rows, **adapters_lib.virtual_places(self.adapters, True)),
             config.batch_size,
             config.accumulation, longest + ahead, packing, seed),
         learning_rates=optim_lib.learning_rates(optim, config.steps),
