@@ -50,6 +50,7 @@ from lora_jax.adapters import oft
 from lora_jax.adapters import osf
 from lora_jax.adapters import p_tuning
 from lora_jax.adapters import peanut
+from lora_jax.adapters import poly
 from lora_jax.adapters import prefix
 from lora_jax.adapters import prompt
 from lora_jax.adapters import psoft
@@ -87,6 +88,7 @@ METHODS: dict[str, method_lib.Method] = {
     "vera": vera.METHOD,
     "pvera": pvera.METHOD,
     "mixture": mixture.METHOD,
+    "poly": poly.METHOD,
     "lily": lily.METHOD,
     "randlora": randlora.METHOD,
     "vblora": vblora.METHOD,
