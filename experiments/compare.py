@@ -120,8 +120,8 @@ class Trial:
     train = config["train"]
     self.batches = pipeline.Batches(
         virtual.ahead(
-            shop.rows, ahead,
-            adapters_lib.virtual_tasks(self.model.adapters)),
+            shop.rows,
+            **adapters_lib.virtual_places(self.model.adapters, True)),
         train["batch_size"],
         train["accumulation"], config["data"]["max_length"] + ahead,
         config["data"]["packing"], config["seed"])

@@ -59,8 +59,8 @@ def parameters(name: str, model: model_lib.ModelConfig) -> int | None:
   for target, placed in assemble.place(config, modules.paths(model)).items():
     total += sum(
         registry.count(
-            row, config.options, target, shapes[target], int(rank), sizes)
-        for rank in placed.rank if rank)
+            row, config.options, target, shapes[target], int(rank), sizes, turn)
+        for turn, rank in enumerate(placed.rank[placed.rank > 0]))
   return total
 
 

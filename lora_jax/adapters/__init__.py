@@ -15,6 +15,7 @@ from lora_jax.adapters.partition import module
 from lora_jax.adapters.partition import prepared
 from lora_jax.adapters.partition import split
 from lora_jax.adapters.partition import trainable_size
+from lora_jax.adapters.partition import virtual_places
 from lora_jax.adapters.partition import virtual_tasks
 from lora_jax.adapters.partition import virtual_tokens
 from lora_jax.adapters.partition import with_rate
@@ -32,6 +33,6 @@ __all__ = [
     "METHODS", "Adapter", "AdapterConfig", "Adapters", "Geometry", "Noise",
     "beside", "build", "hybrid", "join", "keeps_sum", "layer", "module",
     "of_layers", "prepared", "project", "project_all", "several", "spans",
-    "split", "stacks", "starts", "trainable_size", "virtual_tasks",
-    "virtual_tokens", "with_rate", "without_constants",
+    "split", "stacks", "starts", "trainable_size", "virtual_places",
+    "virtual_tasks", "virtual_tokens", "with_rate", "without_constants",
 ]

@@ -14,7 +14,7 @@ Nothing is intercepted. Every place of a model asks the adapter that it is given
   norms        merge                    input_layernorm, norm ...
   blocks       prefix, attended         self_attn
                residual                 self_attn, mlp
-  input        virtual                  prompt
+  input        virtual, labels          prompt
 """
 
 from __future__ import annotations
@@ -283,6 +283,11 @@ class Adapter:
   def tasks(self) -> int:
     """Tasks whose virtual tokens differ."""
     return 1
+
+  def labels(self) -> tuple[types.Array, types.Array] | None:
+    """Tokens `[n]` that virtual ones stand for, and the weights `[n]` of
+    predicting each in training; None if there is nothing to predict."""
+    return None
 
   # --- what all layers share
 

@@ -163,8 +163,9 @@ class Method:
       first step; weight is None where a place has none.
     kind: `slot -> adapter's type`, where that depends on the place.
     count: trainable parameters of one place, a Python expression of i, o, r,
-      target, of the letters of `base.Geometry`, and of the options' names
-      (or what `options` answers); width of a norm.
+      target, turn (its number among the adapted ones of its target), of the
+      letters of `base.Geometry`, and of the options' names (or what `options`
+      answers); width of a norm.
     options: the frozen dataclass of what only this method is told.
     targets: what `adapter.targets="auto"` stands for.
     sites: places that it adapts, if these are not projections.
@@ -180,6 +181,9 @@ class Method:
     count_shared: trainable parameters of it, an expression of r, the options
       and the letters.
     samples: whether it is random in training, with or without dropout.
+    mixes_tokens: whether what it makes of a token depends on the tokens that
+      are computed beside it. It then adapts no head, and a step takes whole
+      micro-batches; see `api.settings.memory`.
     rule: `(config, steps) -> Rule`, of methods with a say in training; None
       where the config's options have none.
     form: in PEFT's files; None where PEFT has no counterpart.
@@ -208,6 +212,7 @@ class Method:
   share: Callable[..., Any] | None = None
   count_shared: str = ""
   samples: bool = False
+  mixes_tokens: bool = False
   rule: Callable[..., Rule | None] | None = None
   form: Form | None = None
   vllm: bool = False

@@ -50,6 +50,15 @@ class Noise:
     return self.for_target("normal")._drawn(jax.random.normal, x).astype(
         x.dtype)
 
+  def logistic(self, x: types.Array) -> types.Array:
+    """Logistic(0, 1), in the shape and type of `x [b, t, i]`."""
+    return self.for_target("logistic")._drawn(jax.random.logistic, x).astype(
+        x.dtype)
+
+  def of_examples(self) -> Noise:
+    """Noise that all tokens of an example have alike."""
+    return dataclasses.replace(self, positions=0 * self.positions)
+
   def _drawn(self, draw, x):
     def one(example, position):
       key = jax.random.fold_in(self.key, example)

@@ -47,7 +47,12 @@ def _like(place: str, value: Any, default: Any) -> Any:
   if isinstance(default, tuple):
     parts = value.split("+") if isinstance(value, str) else value
     kind = type(default[0]) if default else str
-    return tuple(kind(part) for part in parts)
+    try:
+      return tuple(kind(part) for part in parts)
+    except (TypeError, ValueError):
+      raise errors.UsageError(
+          f"{place}={value} is no list of {kind.__name__}; write some with + "
+          "between them") from None
   kind = type(default)
   try:
     number = kind(value)

@@ -211,3 +211,19 @@ def virtual_tasks(adapters: base.Adapters | None) -> int:
   if adapters is None or "prompt" not in adapters.outer:
     return 1
   return adapters.outer["prompt"].tasks
+
+
+def virtual_places(
+    adapters: base.Adapters | None, trains: bool = False) -> dict[str, Any]:
+  """What `data.virtual.ahead` is told of the virtual tokens.
+
+  Args:
+    adapters: whole tree, or None.
+    trains: whether what an adapter has to predict of them counts.
+  """
+  found: dict[str, Any] = {
+      "n": virtual_tokens(adapters), "tasks": virtual_tasks(adapters)}
+  if adapters is not None and trains and found["n"]:
+    found["labels"] = jax.device_get(
+        adapters.outer["prompt"].bound(adapters.shared).labels())
+  return found

@@ -188,7 +188,7 @@ def _block(config: Mapping[str, Any]) -> dict[str, Any]:
   return {"options": {"tokens": int(config["num_virtual_tokens"])}}
 
 
-def _tensors(adapters: base.Adapters) -> dict[str, Any]:
+def tensors_of(adapters: base.Adapters) -> dict[str, Any]:
   """PEFT's `[n, 2 l k e]`: layer by layer the keys, then the values."""
   stack = adapters.layers["self_attn"]
   if not (stack.rank > 0).all():
@@ -201,7 +201,7 @@ def _tensors(adapters: base.Adapters) -> dict[str, Any]:
   return {"prompt_embeddings": jnp.moveaxis(pair, 2, 0).reshape(n, -1)}
 
 
-def _adapters(tensors, config, geometry) -> base.Adapters:
+def adapters_of(tensors, config, geometry) -> base.Adapters:
   g = geometry
   flat = jnp.asarray(tensors["prompt_embeddings"], jnp.float32)
   pair = jnp.moveaxis(
@@ -223,8 +223,8 @@ def _method(paper, options, same_as=""):
       tiny={"options": {"tokens": 3}},
       form=method.Form(
           peft_type="PREFIX_TUNING", config=_config, block=_block,
-          same_as=same_as, lists_targets=False, tensors=_tensors,
-          adapters=_adapters))
+          same_as=same_as, lists_targets=False, tensors=tensors_of,
+          adapters=adapters_of))
 
 
 METHOD = _method("arXiv 2101.00190", Options)

@@ -18,8 +18,10 @@ from lora_jax.adapters import bias
 from lora_jax.adapters import boft
 from lora_jax.adapters import bottleneck
 from lora_jax.adapters import c3a
+from lora_jax.adapters import cartridge
 from lora_jax.adapters import compacter
 from lora_jax.adapters import config as config_lib
+from lora_jax.adapters import cpt
 from lora_jax.adapters import deft
 from lora_jax.adapters import delora
 from lora_jax.adapters import dora
@@ -31,6 +33,7 @@ from lora_jax.adapters import hira
 from lora_jax.adapters import hra
 from lora_jax.adapters import ia3
 from lora_jax.adapters import kasa
+from lora_jax.adapters import lily
 from lora_jax.adapters import llama_adapter
 from lora_jax.adapters import loha
 from lora_jax.adapters import lokr
@@ -47,6 +50,7 @@ from lora_jax.adapters import oft
 from lora_jax.adapters import osf
 from lora_jax.adapters import p_tuning
 from lora_jax.adapters import peanut
+from lora_jax.adapters import poly
 from lora_jax.adapters import prefix
 from lora_jax.adapters import prompt
 from lora_jax.adapters import psoft
@@ -84,6 +88,8 @@ METHODS: dict[str, method_lib.Method] = {
     "vera": vera.METHOD,
     "pvera": pvera.METHOD,
     "mixture": mixture.METHOD,
+    "poly": poly.METHOD,
+    "lily": lily.METHOD,
     "randlora": randlora.METHOD,
     "vblora": vblora.METHOD,
     "fourierft": fourierft.METHOD,
@@ -93,6 +99,7 @@ METHODS: dict[str, method_lib.Method] = {
     "ln_tuning": norms.METHOD,
     "prefix": prefix.METHOD,
     "p_tuning_v2": prefix.P_TUNING_V2,
+    "cartridge": cartridge.METHOD,
     "prompt": prompt.METHOD,
     "loha": loha.METHOD,
     "lokr": lokr.METHOD,
@@ -105,6 +112,7 @@ METHODS: dict[str, method_lib.Method] = {
     "glora": glora.METHOD,
     "peanut": peanut.METHOD,
     "para": deft.PARA,
+    "cpt": cpt.METHOD,
     "multitask_prompt": multitask_prompt.METHOD,
     "p_tuning": p_tuning.METHOD,
     "llama_adapter": llama_adapter.METHOD,
@@ -186,7 +194,7 @@ def _takes(row: method_lib.Method, init: str) -> bool:
 
 def count(
     row: method_lib.Method, options: Any, target: str,
-    shape: Sequence[int], rank: int, geometry: base.Geometry
+    shape: Sequence[int], rank: int, geometry: base.Geometry, turn: int = 0
 ) -> int:
   """Trainable parameters of one place, by the row's formula.
 
@@ -197,9 +205,10 @@ def count(
     shape: `(i, o)` of a projection, `(d,)` of a norm, `()` of others.
     rank: r.
     geometry: the model's sizes.
+    turn: its number among the adapted ones of its target.
   """
   names = dataclasses.asdict(geometry) | dataclasses.asdict(options) | {
-      "target": target, "r": rank, "min": min, "max": max,
+      "target": target, "turn": turn, "r": rank, "min": min, "max": max,
       "options": options}
   if len(shape) == 2:
     names |= {"i": shape[0], "o": shape[1]}

@@ -221,6 +221,16 @@ class Several(base.Adapter):
                for x, part in zip(rows, self, strict=True)]
     return jnp.concatenate(by_task, 1).reshape(-1, d)
 
+  def labels(self):
+    found = [part.labels() for part in self]
+    if all(pair is None for pair in found):
+      return None
+    sizes = [part.virtual().shape[0] // part.tasks for part in self]
+    pairs = [(jnp.zeros(n, jnp.int32), jnp.zeros(n)) if pair is None else pair
+             for n, pair in zip(sizes, found, strict=True)]
+    ids, weights = (jnp.concatenate(x) for x in zip(*pairs, strict=True))
+    return ids, weights
+
   # --- trees
 
   def bound(self, shared):

@@ -43,7 +43,8 @@ def open_to(
   else:
     found = {name: p for name, p in paths.items()
              if name not in SITES + NORMS
-             and (row.embeddings or name != "embed_tokens")}
+             and (row.embeddings or name != "embed_tokens")
+             and not (row.mixes_tokens and name == "lm_head")}
   if not found:
     raise errors.UsageError(
         f"adapter.method={method} adapts {', '.join(row.sites)}, which this "

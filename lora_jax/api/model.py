@@ -271,9 +271,7 @@ class Model:
       batch_size: rows at a time, rounded up to what the mesh divides.
     """
     ways = mesh_lib.ways(self.mesh)
-    rows = virtual.ahead(
-        rows, adapters_lib.virtual_tokens(self.adapters),
-        adapters_lib.virtual_tasks(self.adapters))
+    rows = virtual.ahead(rows, **adapters_lib.virtual_places(self.adapters))
     return self.row_losses(
         pipeline.eval_batches(rows, -(-batch_size // ways) * ways))
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import registry
 from lora_jax.adapters import rules
+from lora_jax.train import memory as memory_lib
 from lora_jax.train import precision as precision_lib
 from lora_jax.train import step as step_lib
 
@@ -29,8 +31,7 @@ def settings(
     errors.UsageError: if the method's options do not fit the steps.
   """
   precision = precision or precision_lib.Precision()
-  configs = {name: part.config for name, part in model.parts.items()} or {
-      "": model.adapter_config}
+  configs = _configs(model)
   return step_lib.Settings(
       dtype=model.dtype, remat=remat,
       noise=any(
@@ -41,3 +42,28 @@ def settings(
       frozen_matmul=precision.frozen_matmul,
       attention=model._attention(layout), offload=model.offload,
       rules=rules.of_parts(configs, steps, model.adapters))
+
+
+def memory(
+    model: Any, config: memory_lib.MemoryConfig | None, b: int
+) -> memory_lib.MemoryConfig:
+  """How a step may be made to fit; not by parts, if a method mixes tokens.
+
+  Args:
+    model: an `api.Model`.
+    config: what was asked for.
+    b: rows of a batch.
+
+  Raises:
+    errors.UsageError: for a value that cannot be.
+  """
+  found = (config or memory_lib.MemoryConfig()).validate()
+  for one in _configs(model).values():
+    if registry.method(one.method).mixes_tokens:
+      found = found.whole(b, f"adapter.method={one.method}")
+  return found
+
+
+def _configs(model: Any) -> dict[str, config_lib.AdapterConfig]:
+  return {name: part.config for name, part in model.parts.items()} or {
+      "": model.adapter_config}

@@ -17,6 +17,7 @@ import jax
 from lora_jax import adapters as adapters_lib
 from lora_jax import errors
 from lora_jax import types
+from lora_jax.api import settings as settings_lib
 from lora_jax.data import dataset as dataset_lib
 from lora_jax.data import pipeline
 from lora_jax.data import virtual
@@ -105,13 +106,13 @@ def prepare(
       model=model.config, base=model.base, frozen=frozen,
       batches=pipeline.Batches(
           virtual.ahead(
-              rows, ahead, adapters_lib.virtual_tasks(model.adapters)),
+              rows, **adapters_lib.virtual_places(model.adapters, True)),
           config.batch_size,
           config.accumulation, longest + ahead, packing, seed),
       learning_rates=optim_lib.learning_rates(optim, config.steps),
       optim=optim,
       base_digest=model.replaced,
-      memory=(memory or memory_lib.MemoryConfig()).validate(),
+      memory=settings_lib.memory(model, memory, config.batch_size),
       settings=settings,
       key=jax.random.key(seed),
       place=model._place_batch,

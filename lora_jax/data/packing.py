@@ -112,9 +112,10 @@ def fill(
             f"row {r} holds more than max_length={max_length} tokens")
       here = slice(at, at + n)
       tokens[r, here] = encoded[i].tokens
-      # Virtual tokens have ids that no logit is of, and weight 0.
-      targets[r, at:at + n - 1] = np.where(
-          encoded[i].tokens[1:] < 0, pad_id, encoded[i].tokens[1:])
+      # Virtual tokens have ids that no logit is of, and weight 0 as such.
+      labels = encoded[i].labels
+      after = (encoded[i].tokens if labels is None else labels)[1:]
+      targets[r, at:at + n - 1] = np.where(after < 0, pad_id, after)
       weights[r, at:at + n - 1] = encoded[i].weights[1:]
       positions[r, here] = np.arange(n)
       segments[r, here] = segment

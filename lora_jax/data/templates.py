@@ -37,12 +37,15 @@ class Encoded:
       `tokens[j]` from those before it (so `weights[0]` never counts).
     source: where the example came from, `"file.jsonl:17"`.
     task: of several tasks, or None; see `virtual`.
+    labels: int32 [n], what is to be predicted in each token's place; None is
+      the tokens.
   """
 
   tokens: np.ndarray
   weights: np.ndarray
   source: str = ""
   task: int | None = None
+  labels: np.ndarray | None = None
 
 
 def encode(

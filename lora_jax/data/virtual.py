@@ -24,7 +24,8 @@ def ids(n: int, task: int = 0) -> np.ndarray:
 
 
 def ahead(
-    rows: Sequence[templates.Encoded], n: int, tasks: int = 1
+    rows: Sequence[templates.Encoded], n: int, tasks: int = 1,
+    labels: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> dataset.Dataset:
   """Examples with n virtual tokens before each.
 
@@ -35,6 +36,8 @@ def ahead(
     rows: the examples.
     n: virtual tokens.
     tasks: of the adapter; with one, an example's task means nothing.
+    labels: real tokens [n] to predict in their places, and the weights [n] of
+      doing so; None if there are none.
 
   Raises:
     errors.UserError: if an example is of none of several tasks.
@@ -53,9 +56,12 @@ def ahead(
           f"from 0 to {tasks - 1}")
     return one.task
 
+  known, weights = labels or (None, np.zeros(n, np.float32))
   return dataclasses.replace(data, encoded=tuple(
       dataclasses.replace(
           one, tokens=np.concatenate([ids(n, task(one, index)), one.tokens]),
-          weights=np.concatenate([np.zeros(n + 1, np.float32),
-                                  one.weights[1:]]))
+          weights=np.concatenate([
+              weights, np.zeros(1, np.float32), one.weights[1:]]),
+          labels=None if known is None else np.concatenate(
+              [known, one.tokens]))
       for index, one in enumerate(data.encoded)))

@@ -72,6 +72,25 @@ class MemoryConfig:
             "have it chosen")
     return self
 
+  def whole(self, b: int, why: str) -> MemoryConfig:
+    """Itself, leaving tokens together whose values depend on each other.
+
+    Args:
+      b: rows of a batch.
+      why: what makes them depend on each other, for the error.
+
+    Raises:
+      errors.UsageError: if it says to compute them apart.
+    """
+    for field, value, one in (
+        ("memory.micro_batch", self.micro_batch, b),
+        ("compute.mlp_tiles", self.mlp_tiles, 1)):
+      if value not in (0, one):
+        raise errors.UsageError(
+            f"{field}={value}: {why} computes all tokens of a batch together; "
+            f"leave it at 0, and lower train.batch_size={b} to save memory")
+    return dataclasses.replace(self, micro_batch=b, mlp_tiles=1)
+
   @property
   def chooses(self) -> bool:
     return self.auto or self.budget_gib > 0

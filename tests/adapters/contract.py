@@ -51,7 +51,8 @@ def block(method, **fields):
     targets = ("q_proj,up_proj,down_proj" if row.targets == "all-linear"
                else row.targets)
     found["targets"] = ",".join(
-        [targets, "lm_head"] + ["embed_tokens"] * row.embeddings)
+        [targets] + ["lm_head"] * (not row.mixes_tokens)
+        + ["embed_tokens"] * row.embeddings)
     if row.patterns:
       found["rank_pattern"] = {"layers.1.mlp.up_proj": 2}
   return adapters_lib.AdapterConfig(**found | dict(row.tiny) | fields)

@@ -154,11 +154,10 @@ def test_the_count_is_that_of_the_formula(method):
       row, config.options, rank=4, geometry=contract.GEOMETRY)
   shapes = tiny.shapes(CONFIG)
   for name, placed in assemble.placements(tree).items():
-    for rank in placed.rank:
-      if rank:
-        expected += registry.count(
-            row, config.options, name, shapes[name], int(rank),
-            contract.GEOMETRY)
+    for turn, rank in enumerate(placed.rank[placed.rank > 0]):
+      expected += registry.count(
+          row, config.options, name, shapes[name], int(rank),
+          contract.GEOMETRY, turn)
   assert adapters_lib.trainable_size(tree) == expected > 0
 
 

@@ -123,5 +123,5 @@ def test_bfloat16_and_dropout(method):
     assert leaf.dtype == jnp.float32
     assert jnp.isfinite(leaf).all() and jnp.abs(leaf).max() > 0
   assert tiny.distance(swapped[::-1], y) < 1e-2
-  drops = hasattr(c.moved["nf4"], "rate")
+  drops = hasattr(c.moved["nf4"], "rate") or c.row.samples
   assert (tiny.distance(other, y) > 2e-2) == drops

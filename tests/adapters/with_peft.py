@@ -74,12 +74,14 @@ def tensors(folder):
   return safetensors.numpy.load_file(folder / peft_export.WEIGHTS)
 
 
-def check(config, tmp_path):
+def check(config, tmp_path, keys=None, **more):
   """PEFT reads ours, we read PEFT's, and save it again byte for byte.
 
   Args:
     config: an adapter block.
     tmp_path: an empty folder.
+    keys: to add to PEFT's config, which lacks them.
+    **more: what PEFT's model is told beside the tokens.
 
   Returns:
     What was read, and PEFT's tensors.
@@ -94,7 +96,8 @@ def check(config, tmp_path):
         torch_model(), str(tmp_path / "ours"))
     assert tiny.distance(logits(tree), logits(None)) > 1e-3
     assert tiny.distance(
-        logits(tree), tiny.torch_logits(model.eval(), TOKENS)) <= 2e-5
+        logits(tree), tiny.torch_logits(
+            model.eval(), TOKENS, **more)) <= 2e-5
     theirs = peft.PeftConfig.from_pretrained(str(tmp_path / "ours"))
     theirs.inference_mode = False
     torch.manual_seed(0)
@@ -104,7 +107,9 @@ def check(config, tmp_path):
         if value.requires_grad:
           value += 0.1 * torch.randn_like(value)
     model.save_pretrained(str(tmp_path / "theirs"))
-    expected = tiny.torch_logits(model, TOKENS)
+    place = tmp_path / "theirs" / peft_export.CONFIG
+    place.write_text(json.dumps(json.loads(place.read_text()) | (keys or {})))
+    expected = tiny.torch_logits(model, TOKENS, **more)
   loaded = read(tmp_path / "theirs")
   assert tiny.distance(logits(None), expected) > 1e-3
   assert tiny.distance(logits(loaded.adapters), expected) <= 2e-5

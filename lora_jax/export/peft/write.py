@@ -116,9 +116,9 @@ def tensors(
         for suffix, value in module.to_peft(target == "embed_tokens").items():
           path = f"{names_lib.PREFIX}{paths[target][layer]}"
           found[f"{path}.{suffix}"] = value
-    if host.shared is not None:
+    for one in jax.tree.leaves(host.shared, is_leaf=partition.is_adapter):
       found |= {f"{names_lib.SHARED}{name}": value
-                for name, value in host.shared.to_peft().items()}
+                for name, value in one.to_peft().items()}
   saved = whole.tensors(host, tied="lm_head" not in paths)
   found |= {f"{names_lib.PREFIX}{name}": x for name, x in saved.items()}
   return {name: _stored(value) for name, value in found.items()}
