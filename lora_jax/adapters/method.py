@@ -79,6 +79,11 @@ class Modules:
   ranks: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
   tensors: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
 
+  @property
+  def count(self) -> int:
+    """How many are adapted."""
+    return sum(rank > 0 for ranks in self.ranks.values() for rank in ranks)
+
   def numbers(self) -> dict[str, np.ndarray]:
     """Each adapted module's number, `[l]` int32 by target, counted as Hugging
     Face's models list them: layer by layer, the table first, the head last."""
@@ -177,8 +182,8 @@ class Method:
     mergeable: whether `merge` does.
     zero_gradients: fields whose gradient is zero at the first step.
     share: `(key, Modules) -> Adapters.shared`.
-    count_shared: trainable parameters of it, an expression of r, the options
-      and the letters.
+    count_shared: trainable parameters of it, an expression of r, the options,
+      the letters, and how many `modules` are adapted.
     samples: whether it is random in training, with or without dropout.
     rule: `(config, steps) -> Rule`, of methods with a say in training; None
       where the config's options have none.

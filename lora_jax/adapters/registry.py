@@ -56,6 +56,7 @@ from lora_jax.adapters import randlora
 from lora_jax.adapters import road
 from lora_jax.adapters import shira
 from lora_jax.adapters import supertuning
+from lora_jax.adapters import tinylora
 from lora_jax.adapters import vblora
 from lora_jax.adapters import vera
 from lora_jax.adapters import waveft
@@ -84,6 +85,7 @@ METHODS: dict[str, method_lib.Method] = {
     "vera": vera.METHOD,
     "pvera": pvera.METHOD,
     "mixture": mixture.METHOD,
+    "tinylora": tinylora.METHOD,
     "randlora": randlora.METHOD,
     "vblora": vblora.METHOD,
     "fourierft": fourierft.METHOD,
@@ -209,9 +211,11 @@ def count(
 
 
 def shared_count(
-    row: method_lib.Method, options: Any, rank: int, geometry: base.Geometry
+    row: method_lib.Method, options: Any, rank: int, geometry: base.Geometry,
+    modules: int
 ) -> int:
-  """Trainable parameters that all places share; see `count`."""
+  """Trainable parameters that all places share, as many as are adapted; see
+  `count`."""
   names = dataclasses.asdict(geometry) | dataclasses.asdict(options) | {
-      "r": rank}
+      "r": rank, "modules": modules, "options": options}
   return int(eval(row.count_shared or "0", {"__builtins__": {}}, names))
