@@ -57,6 +57,7 @@ from lora_jax.adapters import road
 from lora_jax.adapters import shira
 from lora_jax.adapters import supertuning
 from lora_jax.adapters import tinylora
+from lora_jax.adapters import unilora
 from lora_jax.adapters import vblora
 from lora_jax.adapters import vera
 from lora_jax.adapters import waveft
@@ -88,6 +89,7 @@ METHODS: dict[str, method_lib.Method] = {
     "tinylora": tinylora.METHOD,
     "randlora": randlora.METHOD,
     "vblora": vblora.METHOD,
+    "unilora": unilora.METHOD,
     "fourierft": fourierft.METHOD,
     "waveft": waveft.METHOD,
     "ia3": ia3.METHOD,
