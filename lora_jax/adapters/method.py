@@ -70,6 +70,8 @@ class Modules:
     geometry: the model's sizes, or None where only shapes are known.
     ranks: of every layer, by target, 0 where it is not adapted.
     tensors: of every layer, by target: a file's by suffix, if there is one.
+    weights: the base's, by target, those of layers stacked; none where there is
+      a file. They may be traced.
   """
 
   shapes: Mapping[str, tuple[int, ...]]
@@ -78,6 +80,7 @@ class Modules:
   geometry: base.Geometry | None = None
   ranks: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
   tensors: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+  weights: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def count(self) -> int:

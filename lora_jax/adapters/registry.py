@@ -24,6 +24,7 @@ from lora_jax.adapters import deft
 from lora_jax.adapters import delora
 from lora_jax.adapters import dora
 from lora_jax.adapters import fourierft
+from lora_jax.adapters import frod
 from lora_jax.adapters import full
 from lora_jax.adapters import glora
 from lora_jax.adapters import gralora
@@ -79,6 +80,7 @@ METHODS: dict[str, method_lib.Method] = {
     "road": road.METHOD,
     "shira": shira.METHOD,
     "supertuning": supertuning.METHOD,
+    "frod": frod.METHOD,
     "adalora": adalora.METHOD,
     "kasa": kasa.METHOD,
     "bd_lora": bd_lora.METHOD,
