@@ -55,8 +55,11 @@ def parameters(name: str, model: model_lib.ModelConfig) -> int | None:
     return None
   config = registry.checked(config_lib.AdapterConfig(method=name, rank=RANK))
   shapes, sizes = modules.shapes(model), modules.geometry(model)
-  total = registry.shared_count(row, config.options, RANK, sizes)
-  for target, placed in assemble.place(config, modules.paths(model)).items():
+  places = assemble.place(config, modules.paths(model))
+  total = registry.shared_count(
+      row, config.options, RANK, sizes,
+      sum(int((placed.rank > 0).sum()) for placed in places.values()))
+  for target, placed in places.items():
     total += sum(
         registry.count(
             row, config.options, target, shapes[target], int(rank), sizes, turn)

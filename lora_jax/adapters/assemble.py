@@ -179,9 +179,11 @@ def _one(key, config, tree, paths, originals, donate, geometry, stats,
         start, tree, placed, originals, donate, stats)
     stats = None
   shapes = {name: shape(tree, name) for name in placed}
+  weights = {name: weight(tree, name) for name in placed}
   modules = method_lib.Modules(
       shapes, max(p.width for p in placed.values()), config.options, geometry,
-      {name: placement.rank.tolist() for name, placement in placed.items()})
+      {name: placement.rank.tolist() for name, placement in placed.items()},
+      weights=weights)
   numbers, turns = modules.numbers(), modules.turns()
   shared = None
   if row.share is not None:
@@ -202,7 +204,6 @@ def _one(key, config, tree, paths, originals, donate, geometry, stats,
     # Parts of several are stacks of all layers, which can be nested.
     ends = (len(next(iter(ranks.values()))),) if whole else cuts(
         row, ranks, shapes)
-  weights = {name: weight(tree, name) for name in slots}
   init: Callable[..., base.Adapter] = row.init
   told = shared
   if below is not None:

@@ -147,7 +147,8 @@ class Adapter:
 
   # Whether a head that is tied to an adapted embedding follows it.
   follows_tie: ClassVar[bool] = False
-  # Frozen fields that the weight alone determines; see `partition.beside`.
+  # Frozen fields that the weight determines, and what all modules share: by
+  # name, `(weight, shared) -> value`; see `partition.beside`.
   constants: ClassVar[Mapping[str, Callable]] = {}
   # Whether it computes the same with zeros behind its ranks, which then have
   # no gradient; see `train.members`.
@@ -306,6 +307,10 @@ class Adapter:
   def difference(self) -> Adapter:
     """This adapter on the base before `starts` changed it; see `LoRA`."""
     return self
+
+  def part(self, shared: types.Tree) -> types.Tree:
+    """What its `constants` are told of `Adapters.shared`."""
+    return shared
 
   def with_constants(self, values: Mapping[str, Any]) -> Self:
     """With values in place of its `constants`; None has it ask the weight."""

@@ -47,8 +47,9 @@ from lora_jax.adapters import method
 FLOOR = 2.0**-16
 
 
-def squares(weight: types.Tree) -> jax.Array:
+def squares(weight: types.Tree, shared: types.Tree = None) -> jax.Array:
   """||W||^2 of the columns of a weight `[i, o]`, `[o]` float32."""
+  del shared
   return jnp.sum(jnp.square(quant.dequantize(weight, jnp.float32)), axis=0)
 
 

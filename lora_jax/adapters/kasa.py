@@ -49,10 +49,11 @@ class Options:
 
 
 @functools.cache
-def smallest(width: int) -> Callable[[types.Tree], jax.Array]:
+def smallest(width: int) -> Callable[..., jax.Array]:
   """From a weight `[i, o]` to its last `width` left singular vectors."""
 
-  def vectors(weight):
+  def vectors(weight, shared=None):
+    del shared
     u, _, _ = jnp.linalg.svd(
         quant.dequantize(weight, jnp.float32), full_matrices=False)
     return u[:, -width:]

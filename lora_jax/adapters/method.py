@@ -70,6 +70,8 @@ class Modules:
     geometry: the model's sizes, or None where only shapes are known.
     ranks: of every layer, by target, 0 where it is not adapted.
     tensors: of every layer, by target: a file's by suffix, if there is one.
+    weights: the base's, by target, those of layers stacked; none where there is
+      a file. They may be traced.
   """
 
   shapes: Mapping[str, tuple[int, ...]]
@@ -78,6 +80,12 @@ class Modules:
   geometry: base.Geometry | None = None
   ranks: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
   tensors: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+  weights: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def count(self) -> int:
+    """How many are adapted."""
+    return sum(rank > 0 for ranks in self.ranks.values() for rank in ranks)
 
   def numbers(self) -> dict[str, np.ndarray]:
     """Each adapted module's number, `[l]` int32 by target, counted as Hugging
@@ -178,8 +186,8 @@ class Method:
     mergeable: whether `merge` does.
     zero_gradients: fields whose gradient is zero at the first step.
     share: `(key, Modules) -> Adapters.shared`.
-    count_shared: trainable parameters of it, an expression of r, the options
-      and the letters.
+    count_shared: trainable parameters of it, an expression of r, the options,
+      the letters, and how many `modules` are adapted.
     samples: whether it is random in training, with or without dropout.
     mixes_tokens: whether what it makes of a token depends on the tokens that
       are computed beside it. It then adapts no head, and a step takes whole

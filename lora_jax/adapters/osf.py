@@ -72,7 +72,8 @@ class Decomposition:
 
   k: int
 
-  def __call__(self, weight: types.Tree) -> tuple:
+  def __call__(self, weight: types.Tree, shared: types.Tree = None) -> tuple:
+    del shared
     w = quant.dequantize(weight, jnp.float32).T
     u, s, v = jnp.linalg.svd(w, full_matrices=False)
     high, (o, i) = s.shape[0] - self.k, w.shape

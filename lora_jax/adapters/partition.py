@@ -111,7 +111,8 @@ def beside(
     if not adapter.constants:
       return adapter
     return adapter.with_constants(_constants(
-        weight, layers, functions=tuple(adapter.constants.items())))
+        weight, layers, adapter.part(adapters.shared),
+        functions=tuple(adapter.constants.items())))
 
   def stacked(name, adapter):
     weight = _weight(tree, name, True)
@@ -133,10 +134,10 @@ def without_constants(adapter: base.Adapter) -> base.Adapter:
 
 
 @functools.partial(jax.jit, static_argnames="functions")
-def _constants(weight, layers, *, functions):
+def _constants(weight, layers, shared, *, functions):
   def one(w):
     w = host_lib.on_device(w)
-    return {name: function(w) for name, function in functions}
+    return {name: function(w, shared) for name, function in functions}
 
   if layers is None:
     return one(weight)

@@ -26,6 +26,7 @@ from lora_jax.adapters import deft
 from lora_jax.adapters import delora
 from lora_jax.adapters import dora
 from lora_jax.adapters import fourierft
+from lora_jax.adapters import frod
 from lora_jax.adapters import full
 from lora_jax.adapters import glora
 from lora_jax.adapters import gralora
@@ -60,6 +61,8 @@ from lora_jax.adapters import randlora
 from lora_jax.adapters import road
 from lora_jax.adapters import shira
 from lora_jax.adapters import supertuning
+from lora_jax.adapters import tinylora
+from lora_jax.adapters import unilora
 from lora_jax.adapters import vblora
 from lora_jax.adapters import vera
 from lora_jax.adapters import waveft
@@ -81,6 +84,7 @@ METHODS: dict[str, method_lib.Method] = {
     "road": road.METHOD,
     "shira": shira.METHOD,
     "supertuning": supertuning.METHOD,
+    "frod": frod.METHOD,
     "adalora": adalora.METHOD,
     "kasa": kasa.METHOD,
     "bd_lora": bd_lora.METHOD,
@@ -90,8 +94,10 @@ METHODS: dict[str, method_lib.Method] = {
     "mixture": mixture.METHOD,
     "poly": poly.METHOD,
     "lily": lily.METHOD,
+    "tinylora": tinylora.METHOD,
     "randlora": randlora.METHOD,
     "vblora": vblora.METHOD,
+    "unilora": unilora.METHOD,
     "fourierft": fourierft.METHOD,
     "waveft": waveft.METHOD,
     "ia3": ia3.METHOD,
@@ -218,9 +224,11 @@ def count(
 
 
 def shared_count(
-    row: method_lib.Method, options: Any, rank: int, geometry: base.Geometry
+    row: method_lib.Method, options: Any, rank: int, geometry: base.Geometry,
+    modules: int
 ) -> int:
-  """Trainable parameters that all places share; see `count`."""
+  """Trainable parameters that all places share, as many as are adapted; see
+  `count`."""
   names = dataclasses.asdict(geometry) | dataclasses.asdict(options) | {
-      "r": rank}
+      "r": rank, "modules": modules, "options": options}
   return int(eval(row.count_shared or "0", {"__builtins__": {}}, names))

@@ -147,6 +147,9 @@ class Several(base.Adapter):
   def constants(self):  # type: ignore[override]
     return self.parts[self.order[0]].constants
 
+  def part(self, shared):
+    return (shared or {}).get(self.order[0])
+
   def with_constants(self, values):
     first = self.order[0]
     return dataclasses.replace(self, parts=self.parts | {

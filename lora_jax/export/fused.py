@@ -17,7 +17,7 @@ as long as they do they are written as one LoRA of rank r again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import json
 import math
 from typing import Any
@@ -112,15 +112,19 @@ def join(
           metadata if blocks else {})
 
 
-def refuse(named: Tensors, fused: Fused) -> None:
-  """Raises if parts of fused modules have tensors that cannot be joined.
+def refuse(adapted: Collection[str], fused: Fused) -> None:
+  """Raises if parts of fused modules are adapted by what cannot be joined.
+
+  Args:
+    adapted: module paths.
+    fused: see `join`.
 
   Raises:
     errors.UserError: names the first.
   """
   for whole, sizes in fused.items():
     for path in sizes:
-      if any(n.startswith(f"{PREFIX}{path}.") for n in named):
+      if path in adapted:
         raise errors.UserError(
             f"{path}: PEFT has this method on {_last(whole)} only, and what "
             "was trained on its parts cannot be joined to one; use "

@@ -148,12 +148,14 @@ def test_scan_computes_what_a_loop_does(method):
 
 @adapting
 def test_the_count_is_that_of_the_formula(method):
-  _, tree = contract.built(method, "none")
+  _, tree = contract.built(method, "nf4")
   row, config = ROWS[method], registry.checked(contract.block(method))
+  placements = assemble.placements(tree)
   expected = registry.shared_count(
-      row, config.options, rank=4, geometry=contract.GEOMETRY)
+      row, config.options, rank=4, geometry=contract.GEOMETRY,
+      modules=sum((p.rank > 0).sum() for p in placements.values()))
   shapes = tiny.shapes(CONFIG)
-  for name, placed in assemble.placements(tree).items():
+  for name, placed in placements.items():
     for turn, rank in enumerate(placed.rank[placed.rank > 0]):
       expected += registry.count(
           row, config.options, name, shapes[name], int(rank),

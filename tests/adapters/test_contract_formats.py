@@ -44,7 +44,7 @@ class Case:
     self.shared = None if row.share is None else row.share(
         jax.random.key(3), method_lib.Modules(
             {target: shape}, width, config.options, contract.GEOMETRY,
-            {target: [width]}))
+            {target: [width]}, weights={target: self.weights["none"]}))
     self.moved_shared = None if self.shared is None else contract.moved(
         self.shared)
     init = functools.partial(row.init, slot=slot, shared=self.shared)

@@ -95,7 +95,7 @@ def test_the_encoder_is_peft_s():
   block, fresh = build(PROJECTED)
   assert adapters_lib.trainable_size(fresh) == size
   options = registry.checked(block).options
-  count = registry.shared_count(prefix.METHOD, options, 1, g) + g.l * (
+  count = registry.shared_count(prefix.METHOD, options, 1, g, g.l) + g.l * (
       registry.count(prefix.METHOD, options, "self_attn", (), 1, g))
   assert count == size
 
@@ -193,7 +193,8 @@ def test_published_counts():
   count = registry.count(
       prefix.METHOD, prefix.Options(), "self_attn", (), 1, g)
   assert g.l * count == 230_400
-  assert registry.shared_count(prefix.METHOD, prefix.Options(), 1, g) == 0
+  assert registry.shared_count(
+      prefix.METHOD, prefix.Options(), 1, g, g.l) == 0
   assert registry.METHODS["p_tuning_v2"].options().tokens == 128
 
 

@@ -110,7 +110,8 @@ def read(
   outer, used = whole.rows(bare, config, tied, str(place))
   rest = {k: v for k, v in named.items()
           if k.removeprefix(names_lib.PREFIX) not in {*saved, *used}}
-  reader = _Reader(folder, row, block, paths, shapes, geometry, uncut)
+  reader = _Reader(
+      folder, row, block, paths, shapes, geometry, uncut, fused or {})
   if form is not None and form.adapters is not None:
     tree = reader.by_name(rest, form)
   elif names_lib.BEGAN in metadata:
@@ -132,12 +133,13 @@ def read(
 class _Reader:
   """From tensors to adapters, for one model."""
 
-  def __init__(self, folder, row, block, paths, shapes, geometry, uncut):
+  def __init__(
+      self, folder, row, block, paths, shapes, geometry, uncut, fused):
     self._file = folder / names_lib.WEIGHTS
     self._row, self._block = row, block
     self._paths = targets_lib.open_to(paths, row, block.method)
     self._shapes, self._geometry = shapes, geometry
-    self._uncut = uncut
+    self._uncut, self._fused = uncut, fused
     self.targets: tuple[str, ...] | str = "auto"
 
   def by_name(self, named, form) -> base_lib.Adapters:
@@ -162,10 +164,7 @@ class _Reader:
         {k: v for k, v in named.items()
          if k.removeprefix(names_lib.SHARED) not in common}, known)
     if not modules and self._block.targets != "auto":
-      # The config alone says which; all values are what modules share.
-      modules = {p: {} for t, flags in targets_lib.select(
-          self._paths, self._block.targets, self._block.layers).items()
-                 for p, flag in zip(self._paths[t], flags, strict=True) if flag}
+      modules = {path: {} for path in self._named()}
     adapted = {t: [modules.get(p) for p in group]
                for t, group in self._paths.items() if t not in outer}
     adapted = {t: present for t, present in adapted.items()
@@ -183,6 +182,25 @@ class _Reader:
         p for t, g in self._paths.items() for p in g
         if p in modules and t in adapted)
     return base_lib.Adapters(layers=layers, outer=found, shared=shared)
+
+  def _named(self) -> list[str]:
+    """Modules that the config alone tells, where all values are shared."""
+    try:
+      chosen = targets_lib.select(
+          self._paths, self._block.targets, self._block.layers)
+    except errors.UsageError as error:  # Here it is a mistake in the file.
+      raise errors.UserError(f"{self._file}: {error}") from None
+    found = [p for target, flags in chosen.items()
+             for p, flag in zip(self._paths[target], flags, strict=True)
+             if flag]
+    for whole_path, parts in self._fused.items():
+      for path in parts:
+        if path in found:
+          raise errors.UserError(
+              f"{self._file}: PEFT has this method on {whole_path} only, which "
+              "is several modules here; merge the adapter with PEFT and use "
+              "the merged model")
+    return found
 
   def _shared(self, common, of, form):
     try:

@@ -183,7 +183,10 @@ def write(
         named, config, fused or {}, paths, exact=bool(began))
     metadata |= joined
   elif row.form is not None:
-    fused_lib.refuse(named, fused or {})
+    fused_lib.refuse(
+        [p for target, ranks in _ranks(adapters).items()
+         for p, rank in zip(paths[target], ranks, strict=True) if rank],
+        fused or {})
   named |= {f"{names_lib.PREFIX}{name}": x for name, x in (more or {}).items()}
   named = dict(sorted(named.items()))
   # Patterns keep their order: the first that matches a module counts.
