@@ -192,7 +192,8 @@ def _one(key, config, tree, paths, originals, donate, geometry, stats,
       name: base.Slot(
           **placement.frozen(), given=given.get(name),
           stats=(stats or {}).get(name), number=numbers[name],
-          turn=turns[name], target=name, width=placement.width,
+          turn=turns[name], bias=bias(tree, name), target=name,
+          width=placement.width,
           shape=shapes[name], options=config.options, start=start,
           geometry=geometry)
       for name, placement in placed.items()}
@@ -272,6 +273,14 @@ def weight(tree: types.Tree, name: str) -> types.Tree:
     return tree.embed_tokens
   holder = tree.layers.get(name, getattr(tree, name, None))
   return getattr(holder, "weight", holder)
+
+
+def bias(tree: types.Tree, name: str) -> types.Array | None:
+  """The base's biases at a place, `[l, o]`, of one place `[1, o]`, or None."""
+  if name in tree.layers:
+    return getattr(tree.layers[name], "bias", None)
+  found = getattr(getattr(tree, name, None), "bias", None)
+  return None if found is None else found[None]
 
 
 def shape(tree: types.Tree, name: str) -> tuple[int, ...]:

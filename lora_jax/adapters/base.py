@@ -101,6 +101,7 @@ class Slot:
     stats: (A, B) that were made of rows, or None; see `starts`.
     number: `[]` int32, its own among all modules; see `method.Modules`.
     turn: `[]` int32, its own among those of its target.
+    bias: `[o]`, the projection's, or None.
     target: its name; static, as all below.
     width: the largest rank of the stack.
     shape: `(i, o)` of a projection, `(v, d)` of the table, `(d,)` of a norm,
@@ -117,6 +118,7 @@ class Slot:
   stats: Any = None
   number: types.Array | int = 0
   turn: types.Array | int = 0
+  bias: Any = None
   target: str = static(default="")
   width: int = static(default=1)
   shape: tuple[int, ...] = static(default=())
@@ -149,7 +151,9 @@ class Adapter:
   follows_tie: ClassVar[bool] = False
   # Frozen fields that the weight determines, and what all modules share: by
   # name, `(weight, shared) -> value`; see `partition.beside`.
+  # `of_bias`: they are told of the whole projection, with its bias.
   constants: ClassVar[Mapping[str, Callable]] = {}
+  of_bias: ClassVar[bool] = False
   # Whether it computes the same with zeros behind its ranks, which then have
   # no gradient; see `train.members`.
   pads: ClassVar[bool] = False
@@ -356,6 +360,15 @@ class Adapter:
       KeyError: if the tensor that tells is missing.
     """
     del tensors
+    return None
+
+  @classmethod
+  def expected(
+      cls, tensors: Mapping[str, types.Array], slot: Slot
+  ) -> dict[str, tuple[int, ...]] | None:
+    """Shapes that a module's tensors must have by suffix, where a file may say
+    more of them than `slot`; None: those of a new adapter."""
+    del tensors, slot
     return None
 
   @classmethod

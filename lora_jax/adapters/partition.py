@@ -115,16 +115,16 @@ def beside(
         functions=tuple(adapter.constants.items())))
 
   def stacked(name, adapter):
-    weight = _weight(tree, name, True)
     return runs.mapped(
         lambda stack, start, stop: known(
-            stack, weight, runs.order_of(order, start, stop)), adapter)
+            stack, _known(tree, name, True, stack),
+            runs.order_of(order, start, stop)), adapter)
 
   return dataclasses.replace(
       adapters,
       layers={name: stacked(name, adapter)
               for name, adapter in adapters.layers.items()},
-      outer={name: known(adapter, _weight(tree, name, False))
+      outer={name: known(adapter, _known(tree, name, False, adapter))
              for name, adapter in adapters.outer.items()})
 
 
@@ -143,6 +143,13 @@ def _constants(weight, layers, shared, *, functions):
     return one(weight)
   # One layer at a time: a dequantised stack would not fit beside the base.
   return jax.lax.map(lambda layer: one(runs.layer(weight, layer)), layers)
+
+
+def _known(tree, name, stacked, adapter):
+  """What an adapter's constants are told of the base at a place."""
+  if not adapter.of_bias:
+    return _weight(tree, name, stacked)
+  return tree.layers.get(name) if stacked else getattr(tree, name, None)
 
 
 def _weight(tree, name, stacked):

@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_jax import errors
 from lora_jax.adapters import adalora
+from lora_jax.adapters import adamss
 from lora_jax.adapters import base
 from lora_jax.adapters import bd_lora
 from lora_jax.adapters import bias
@@ -86,6 +87,7 @@ METHODS: dict[str, method_lib.Method] = {
     "supertuning": supertuning.METHOD,
     "frod": frod.METHOD,
     "adalora": adalora.METHOD,
+    "adamss": adamss.METHOD,
     "kasa": kasa.METHOD,
     "bd_lora": bd_lora.METHOD,
     "qa_lora": qa_lora.METHOD,

@@ -147,6 +147,10 @@ class Several(base.Adapter):
   def constants(self):  # type: ignore[override]
     return self.parts[self.order[0]].constants
 
+  @property
+  def of_bias(self) -> bool:  # type: ignore[override]
+    return self.parts[self.order[0]].of_bias
+
   def part(self, shared):
     return (shared or {}).get(self.order[0])
 

@@ -151,6 +151,8 @@ def peft_logits(model):
 
 
 def begun(method, *steps):
+  if method == "adamss":
+    pytest.importorskip("sklearn")  # PEFT's needs it.
   for step in steps:
     done(method, step, "FAILED")
 
@@ -211,7 +213,8 @@ def test_ours_reads_peft(method, folder, tmp_path):
   loaded = read(tmp_path / "theirs")
   assert loaded.config.method == read_as(method)
   there = peft_logits(model)
-  assert tiny.distance(our_logits(loaded.adapters), there) <= 2e-5
+  known = adapters_lib.beside(loaded.adapters, base())
+  assert tiny.distance(our_logits(known), there) <= 2e-5
   assert tiny.distance(our_logits(None), there) > 1e-3
   done(method, "load")
   # Saved again: every tensor's bytes, and the config as a JSON value.

@@ -279,8 +279,10 @@ class _Reader:
 
   def _adapter(self, module, path, slot, shared):
     self._fits(path, module, slot, shared)
-    kind = self._row.kind(slot) if self._row.kind else self._row.adapter
-    return kind.from_peft(module, slot)
+    return self._kind(slot).from_peft(module, slot)
+
+  def _kind(self, slot):
+    return self._row.kind(slot) if self._row.kind else self._row.adapter
 
   def _fits(self, path, module, slot, shared):
     """Refuses tensors of other shapes than a new adapter of this model has."""
@@ -292,7 +294,10 @@ class _Reader:
       return self._row.init(jax.random.key(0), weight, own, shared).bound(
           shared).to_peft(slot.embedding)
 
-    expected = {k: v.shape for k, v in jax.eval_shape(fresh, weight).items()}
+    expected = self._kind(slot).expected(module, own)
+    if expected is None:
+      expected = {
+          k: v.shape for k, v in jax.eval_shape(fresh, weight).items()}
     got = {k: v.shape for k, v in module.items()}
     for suffix in sorted(expected.keys() | got.keys()):
       if expected.get(suffix) != got.get(suffix):
