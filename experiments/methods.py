@@ -55,13 +55,13 @@ def parameters(name: str, model: model_lib.ModelConfig) -> int | None:
     return None
   config = registry.checked(config_lib.AdapterConfig(method=name, rank=RANK))
   shapes, sizes = modules.shapes(model), modules.geometry(model)
-  total = registry.shared_count(row, config.options, RANK, sizes)
-  for target, placed in assemble.place(config, modules.paths(model)).items():
-    total += sum(
-        registry.count(
-            row, config.options, target, shapes[target], int(rank), sizes)
-        for rank in placed.rank if rank)
-  return total
+  ranks = [(target, int(rank)) for target, placed in assemble.place(
+      config, modules.paths(model)).items() for rank in placed.rank if rank]
+  return registry.shared_count(
+      row, config.options, RANK, sizes, len(ranks)) + sum(
+          registry.count(
+              row, config.options, target, shapes[target], rank, sizes)
+          for target, rank in ranks)
 
 
 def _line(name: str, row: method_lib.Method) -> str:

@@ -124,6 +124,12 @@ class Form:
     shared: `(tensors, config block, Modules) -> Adapters.shared`. Those of
       `Adapters.shared.to_peft()` lie beside the modules'. It raises a KeyError
       for what is missing.
+    parts: of methods made of adapters with folders of their own, which their
+      config names: `adapter_config.json -> paths`, one a part. `adapters` is
+      then given a fourth argument, (config block, Adapters) of each.
+    split: inverse of that: `(Adapters, adapter_config.json, module paths by
+      target) -> (adapter_config.json, {path: (config block, Adapters)})` of
+      the parts that are written into the folder.
   """
 
   peft_type: str
@@ -137,6 +143,8 @@ class Form:
   tensors: Callable[[base.Adapters], dict[str, Any]] | None = None
   adapters: Callable[..., base.Adapters] | None = None
   shared: Callable[..., Any] | None = None
+  parts: Callable[[Mapping[str, Any]], list[str]] | None = None
+  split: Callable[..., tuple[dict[str, Any], dict[str, Any]]] | None = None
 
 
 def named(options: type[Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,8 +185,8 @@ class Method:
     mergeable: whether `merge` does.
     zero_gradients: fields whose gradient is zero at the first step.
     share: `(key, Modules) -> Adapters.shared`.
-    count_shared: trainable parameters of it, an expression of r, the options
-      and the letters.
+    count_shared: trainable parameters of it, an expression of r, the options,
+      the letters and `modules`, how many there are.
     samples: whether it is random in training, with or without dropout.
     rule: `(config, steps) -> Rule`, of methods with a say in training; None
       where the config's options have none.

@@ -59,6 +59,7 @@ from lora_jax.adapters import supertuning
 from lora_jax.adapters import vblora
 from lora_jax.adapters import vera
 from lora_jax.adapters import waveft
+from lora_jax.adapters import xlora
 
 METHODS: dict[str, method_lib.Method] = {
     "none": full.NONE,
@@ -84,6 +85,7 @@ METHODS: dict[str, method_lib.Method] = {
     "vera": vera.METHOD,
     "pvera": pvera.METHOD,
     "mixture": mixture.METHOD,
+    "xlora": xlora.METHOD,
     "randlora": randlora.METHOD,
     "vblora": vblora.METHOD,
     "fourierft": fourierft.METHOD,
@@ -209,9 +211,15 @@ def count(
 
 
 def shared_count(
-    row: method_lib.Method, options: Any, rank: int, geometry: base.Geometry
+    row: method_lib.Method, options: Any, rank: int, geometry: base.Geometry,
+    modules: int = 1,
 ) -> int:
-  """Trainable parameters that all places share; see `count`."""
+  """Trainable parameters that all places share; see `count`.
+
+  Args:
+    row, options, rank, geometry: see `count`.
+    modules: that are adapted.
+  """
   names = dataclasses.asdict(geometry) | dataclasses.asdict(options) | {
-      "r": rank}
+      "r": rank, "modules": modules}
   return int(eval(row.count_shared or "0", {"__builtins__": {}}, names))

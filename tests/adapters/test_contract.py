@@ -132,8 +132,9 @@ def test_scan_computes_what_a_loop_does(method):
       data.segment_ids)
   hidden = decoder._embed(whole, tree, data.tokens, jnp.float32)
   layer = jax.jit(decoder.layer, static_argnums=0)
+  own = contract.told(base, tree, data)
   for i in range(CONFIG.n_layers):
-    adapters = {name: adapters_lib.module(tree, name, i)
+    adapters = {name: adapters_lib.module(own, name, i)
                 for name in tree.layers}
     hidden, _ = layer(
         CONFIG, context, hidden, contract.one(whole.layers, i), adapters)
@@ -150,10 +151,11 @@ def test_scan_computes_what_a_loop_does(method):
 def test_the_count_is_that_of_the_formula(method):
   _, tree = contract.built(method, "none")
   row, config = ROWS[method], registry.checked(contract.block(method))
+  shapes, places = tiny.shapes(CONFIG), assemble.placements(tree)
   expected = registry.shared_count(
-      row, config.options, rank=4, geometry=contract.GEOMETRY)
-  shapes = tiny.shapes(CONFIG)
-  for name, placed in assemble.placements(tree).items():
+      row, config.options, rank=4, geometry=contract.GEOMETRY,
+      modules=sum((placed.rank > 0).sum() for placed in places.values()))
+  for name, placed in places.items():
     for rank in placed.rank:
       if rank:
         expected += registry.count(
