@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import types
 import warnings
 
 import jax
@@ -13,16 +14,21 @@ import numpy as np
 import pytest
 
 from lora_jax import adapters as adapters_lib
+from lora_jax import api
 from lora_jax import errors
 from lora_jax import trees
 from lora_jax.adapters import registry
 from lora_jax.adapters import xlora
 from lora_jax.adapters import xlora_classifier
+from lora_jax.data import dataset
+from lora_jax.data import templates
 from lora_jax.evaluate import generate
 from lora_jax.export import hf as hf_export
 from lora_jax.export import peft as peft_export
 from lora_jax.models import cache as cache_lib
 from lora_jax.models import decoder
+from lora_jax.train import loop
+from lora_jax.train import optim
 from lora_jax.train import step as step_lib
 from tests import tiny
 from tests.adapters import contract
@@ -324,6 +330,36 @@ def test_frozen_experts_are_not_trained():
       f"shared.{name}" for name in ("w_in", "b_in", "w_out", "b_out")}
   for path, leaf in found.items():
     assert np.abs(leaf).max() > 0, path
+
+
+def test_a_run_is_saved_and_read(tmp_path):
+  """Trained with dropout in the classifier, packed; generated from."""
+  whole = api.Model(
+      config=dataclasses.replace(CONFIG, max_position=64),
+      base=contract.quantised("none"),
+      tokenizer=types.SimpleNamespace(chat_template=None, eos_token_id=0),
+      fingerprint="0" * 64, source="tiny")
+  rows = dataset.of([templates.Encoded(
+      tokens=np.arange(n, dtype=np.int32), weights=np.ones(n, np.float32))
+                     for n in (9, 5, 7)])
+  fields = dict(method="xlora", rank=2, targets="q_proj,up_proj")
+  options = {"experts": 2, "depth": 2, "size": 8}
+  model = whole.adapt(options=options, **fields)
+  assert model.settings(layout="packed", steps=8).noise
+  still = whole.adapt(options=options | {"dropout": 0.0}, **fields)
+  assert not still.settings(layout="packed", steps=8).noise
+  before = model.evaluate(rows).loss
+  model, _ = model.train(
+      rows, workdir=tmp_path / "w", max_length=16,
+      config=loop.TrainConfig(steps=8, batch_size=2),
+      optim=optim.OptimConfig(learning_rate=0.02))
+  assert model.evaluate(rows).loss < before - 0.02
+  model.save(tmp_path / "a")
+  back = whole.with_adapter(tmp_path / "a", dropout=0.1)
+  assert back.evaluate(rows).loss == model.evaluate(rows).loss
+  assert (back.adapters.layers["q_proj"].rates == np.float32(0.1)).all()
+  assert back.generate([[1, 2, 3]], max_new_tokens=4) == model.generate(
+      [[1, 2, 3]], max_new_tokens=4)
 
 
 # --- folders
