@@ -94,9 +94,10 @@ def module(
 
 
 def is_guided(adapters: base.Adapters) -> bool:
-  """Whether some of them are bound to a first pass; see `guided`."""
-  return any(stack.guided for stacked in adapters.layers.values()
-             for stack, *_ in runs.each(stacked))
+  """Whether some of them are yet to be bound to a first pass; see `guided`."""
+  return adapters.shared is not None and any(
+      stack.guided for stacked in adapters.layers.values()
+      for stack, *_ in runs.each(stacked))
 
 
 def unguided(adapters: base.Adapters) -> base.Adapters:

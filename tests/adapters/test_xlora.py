@@ -301,8 +301,40 @@ def test_gradients_do_not_depend_on_how_they_are_computed(how, noise):
     assert abs(plain - value) > 1e-3
 
 
-def test_the_gradient_is_that_of_the_second_pass_alone():
-  """By differences, the classifier's weights in place of the first pass."""
+def test_the_first_pass_has_no_gradient():
+  """Tokens' rows are trained, too, and are in both passes."""
+  base, tree = adapters_lib.build(
+      jax.random.key(1), contract.block(
+          "xlora", trainable_token_indices=(3, 4)), contract.quantised("none"),
+      tiny.paths(CONFIG), geometry=contract.GEOMETRY)
+  trainable, frozen = adapters_lib.split(contract.moved(tree, 0.3))
+  data = contract.batch()
+  data = dataclasses.replace(data, tokens=data.tokens % 5)
+  read = (data.tokens, data.positions, data.segment_ids)
+
+  @functools.partial(jax.jit, static_argnames="known")
+  @functools.partial(jax.grad, argnums=0)
+  def slope(trainable, known=False, first=None):
+    own = adapters_lib.join(trainable, frozen)
+    if known:
+      own = adapters_lib.guided(own, first)
+    hidden, _ = decoder.forward(CONFIG, base, own, *read)
+    return (hidden ** 2 * jnp.arange(32)).sum()
+
+  tree = adapters_lib.join(trainable, frozen)
+  first, _ = decoder.forward(
+      CONFIG, base, adapters_lib.unguided(tree), *read)
+  expected = slope(trainable, known=True, first=first)
+  found = trees.paths(slope(trainable))
+  assert any("embed_tokens" in path for path in found)
+  for path, leaf in trees.paths(expected).items():
+    if "lm_head" in path:
+      continue  # Behind the hidden states.
+    assert np.abs(leaf).max() > 0, path
+    assert tiny.distance(found[path], leaf) < 2e-5, path
+
+
+def test_a_gradient_of_the_classifier_by_differences():
   base, tree = model()
   data = contract.batch()
   _, grads = gradient(tree, base, contract.stacked(data))
