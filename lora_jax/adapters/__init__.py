@@ -10,11 +10,16 @@ from lora_jax.adapters.base import Geometry
 from lora_jax.adapters.config import AdapterConfig
 from lora_jax.adapters.noise import Noise
 from lora_jax.adapters.partition import beside
+from lora_jax.adapters.partition import by_token
+from lora_jax.adapters.partition import guided
+from lora_jax.adapters.partition import is_guided
 from lora_jax.adapters.partition import join
 from lora_jax.adapters.partition import module
+from lora_jax.adapters.partition import of_tokens
 from lora_jax.adapters.partition import prepared
 from lora_jax.adapters.partition import split
 from lora_jax.adapters.partition import trainable_size
+from lora_jax.adapters.partition import unguided
 from lora_jax.adapters.partition import virtual_places
 from lora_jax.adapters.partition import virtual_tasks
 from lora_jax.adapters.partition import virtual_tokens
@@ -31,8 +36,9 @@ from lora_jax.adapters.runs import of_layers
 
 __all__ = [
     "METHODS", "Adapter", "AdapterConfig", "Adapters", "Geometry", "Noise",
-    "beside", "build", "hybrid", "join", "keeps_sum", "layer", "module",
-    "of_layers", "prepared", "project", "project_all", "several", "spans",
-    "split", "stacks", "starts", "trainable_size", "virtual_places",
-    "virtual_tasks", "virtual_tokens", "with_rate", "without_constants",
+    "beside", "build", "by_token", "guided", "hybrid", "is_guided", "join",
+    "keeps_sum", "layer", "module", "of_layers", "of_tokens", "prepared",
+    "project", "project_all", "several", "spans", "split", "stacks", "starts",
+    "trainable_size", "unguided", "virtual_places", "virtual_tasks",
+    "virtual_tokens", "with_rate", "without_constants",
 ]

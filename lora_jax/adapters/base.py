@@ -15,6 +15,7 @@ Nothing is intercepted. Every place of a model asks the adapter that it is given
   blocks       prefix, attended         self_attn
                residual                 self_attn, mlp
   input        virtual, labels          prompt
+  two passes   guide                    what all layers share
 """
 
 from __future__ import annotations
@@ -159,6 +160,8 @@ class Adapter:
   pads: ClassVar[bool] = False
   # Whether `finish` does something, and its gradient reads the sum.
   finishes: ClassVar[bool] = False
+  # Whether it is bound to what `Adapters.shared` makes of a first pass.
+  guided: ClassVar[bool] = False
 
   # --- projections
 
@@ -299,6 +302,27 @@ class Adapter:
   def bound(self, shared: types.Tree) -> Adapter:
     """With its part of `Adapters.shared`, of one layer."""
     del shared
+    return self
+
+  def guide(
+      self, hidden: types.Array, noise: noise_lib.Noise | None = None
+  ) -> types.Tree:
+    """What adapters that are `guided` are bound to, of one that is shared.
+
+    Args:
+      hidden: `[b, t, d]`, the model's without its layers' adapters, after the
+        final norm.
+      noise: of a training step, or None.
+    """
+    raise TypeError(f"{type(self).__name__} makes nothing of a first pass")
+
+  def by_token(self) -> types.Tree:
+    """What it knows of each token, `[b, t, ...]`; None if nothing."""
+    return None
+
+  def of_tokens(self, known: types.Tree) -> Adapter:
+    """With another such value: of some tokens of every row."""
+    del known
     return self
 
   def folded(self, shared: types.Tree) -> Adapter:

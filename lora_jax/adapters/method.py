@@ -132,6 +132,12 @@ class Form:
     shared: `(tensors, config block, Modules) -> Adapters.shared`. Those of
       `Adapters.shared.to_peft()` lie beside the modules'. It raises a KeyError
       for what is missing.
+    parts: of methods made of adapters with folders of their own, which their
+      config names: `adapter_config.json -> paths`, one a part. `adapters` is
+      then given a fourth argument, (config block, Adapters) of each.
+    split: inverse of that: `(Adapters, adapter_config.json, module paths by
+      target) -> (adapter_config.json, {path: (config block, Adapters)})` of
+      the parts that are written into the folder.
   """
 
   peft_type: str
@@ -145,6 +151,8 @@ class Form:
   tensors: Callable[[base.Adapters], dict[str, Any]] | None = None
   adapters: Callable[..., base.Adapters] | None = None
   shared: Callable[..., Any] | None = None
+  parts: Callable[[Mapping[str, Any]], list[str]] | None = None
+  split: Callable[..., tuple[dict[str, Any], dict[str, Any]]] | None = None
 
 
 def named(options: type[Any], config: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -91,6 +91,57 @@ def module(
     found, row = runs.at(found, layer)
     found = jax.tree.map(lambda x: x[row], found)
   return None if found is None else found.bound(adapters.shared)
+
+
+def is_guided(adapters: base.Adapters) -> bool:
+  """Whether some of them are yet to be bound to a first pass; see `guided`."""
+  return adapters.shared is not None and any(
+      stack.guided for stacked in adapters.layers.values()
+      for stack, *_ in runs.each(stacked))
+
+
+def unguided(adapters: base.Adapters) -> base.Adapters:
+  """What a first pass has of adapters: none in the layers, no gradient."""
+  return jax.lax.stop_gradient(
+      dataclasses.replace(adapters, layers={}, shared=None))
+
+
+def guided(
+    adapters: base.Adapters, hidden: types.Array, noise: Any = None
+) -> base.Adapters:
+  """The adapters of a second pass, with all that they need to be told.
+
+  They are bound before the layers are gone through: what they are bound to
+  can be large, and each layer is only given its own.
+
+  Args:
+    adapters: whole tree, of which some are `guided`.
+    hidden: `[b, t, d]` of the first pass; see `Adapter.guide`.
+    noise: of a training step, or None.
+  """
+  found = adapters.shared.guide(jax.lax.stop_gradient(hidden), noise)
+
+  def bind(stack, start, stop):
+    del start, stop
+    return jax.vmap(lambda one: one.bound(found))(stack)
+
+  return dataclasses.replace(adapters, shared=None, layers={
+      name: runs.mapped(bind, stacked)
+      for name, stacked in adapters.layers.items()})
+
+
+def by_token(adapters: Mapping[str, base.Adapter]) -> dict[str, Any]:
+  """What a layer's adapters know of each token, by target."""
+  found = {name: one.by_token() for name, one in adapters.items()}
+  return {name: known for name, known in found.items() if known is not None}
+
+
+def of_tokens(
+    adapters: Mapping[str, base.Adapter], known: Mapping[str, Any]
+) -> dict[str, base.Adapter]:
+  """A layer's adapters for those tokens of which `by_token` was cut."""
+  return {**adapters, **{
+      name: adapters[name].of_tokens(value) for name, value in known.items()}}
 
 
 def beside(

@@ -67,6 +67,7 @@ from lora_jax.adapters import unilora
 from lora_jax.adapters import vblora
 from lora_jax.adapters import vera
 from lora_jax.adapters import waveft
+from lora_jax.adapters import xlora
 
 METHODS: dict[str, method_lib.Method] = {
     "none": full.NONE,
@@ -97,6 +98,7 @@ METHODS: dict[str, method_lib.Method] = {
     "poly": poly.METHOD,
     "lily": lily.METHOD,
     "tinylora": tinylora.METHOD,
+    "xlora": xlora.METHOD,
     "randlora": randlora.METHOD,
     "vblora": vblora.METHOD,
     "unilora": unilora.METHOD,
@@ -227,10 +229,14 @@ def count(
 
 def shared_count(
     row: method_lib.Method, options: Any, rank: int, geometry: base.Geometry,
-    modules: int
+    modules: int = 1,
 ) -> int:
-  """Trainable parameters that all places share, as many as are adapted; see
-  `count`."""
+  """Trainable parameters that all places share; see `count`.
+
+  Args:
+    row, options, rank, geometry: see `count`.
+    modules: that are adapted.
+  """
   names = dataclasses.asdict(geometry) | dataclasses.asdict(options) | {
       "r": rank, "modules": modules, "options": options}
   return int(eval(row.count_shared or "0", {"__builtins__": {}}, names))

@@ -27,6 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax import errors
 from lora_jax import keep as keep_lib
 from lora_jax import quant
 from lora_jax import struct
@@ -270,7 +271,15 @@ def joined(trees: Mapping[str, base.Adapters]) -> base.Adapters:
   Args:
     trees: by name, in their order. What is trained whole beside adapters
       (`overrides`) belongs to the first.
+
+  Raises:
+    errors.UserError: if one of them has a first pass of its own.
   """
+  for name, tree in trees.items():
+    if partition.is_guided(tree):
+      raise errors.UserError(
+          f"{name} looks at the model without adapters first, and cannot be "
+          "one of several methods; use it alone")
 
   def at(field):
     places: dict[str, dict[str, base.Adapter]] = {}

@@ -37,6 +37,7 @@ def settings(
       noise=any(
           config.dropout > 0 or registry.method(config.method).samples
           or getattr(config.options, "module_dropout", 0) > 0
+          or getattr(config.options, "samples", False)
           for config in configs.values()),
       optim_dtype=precision.optim_dtype, optimizer=optimizer, mesh=model.mesh,
       frozen_matmul=precision.frozen_matmul,

@@ -179,7 +179,8 @@ def prefill(
   b, t = tokens.shape
   positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
   segments = (positions < lengths[:, None]).astype(jnp.int32)
-  cache = cache_lib.init_cache(model, b, size, dtype, capacity)
+  guided = adapters is not None and adapters_lib.is_guided(adapters)
+  cache = cache_lib.init_cache(model, b, size, dtype, capacity, guided)
   hidden, filled = decoder.forward(
       model, base, adapters, tokens, positions, segments, cache=cache,
       dtype=dtype,

@@ -35,6 +35,8 @@ class Cache:
     length: `[b]` int32, slots in use.
     capacity: `[]` int32, tokens that a row will hold at most; s unless the
       cache is to grow.
+    first: of the same tokens in a first pass, which adapters that are `guided`
+      have before their own; None where there are none.
   """
 
   k: types.Array
@@ -43,6 +45,7 @@ class Cache:
   segment_ids: types.Array
   length: types.Array
   capacity: types.Array
+  first: Cache | None = None
 
 
 def init_cache(
@@ -51,15 +54,37 @@ def init_cache(
     s: int,
     dtype: Any = jnp.float32,
     capacity: types.Array | None = None,
+    guided: bool = False,
 ) -> Cache:
-  """An empty cache for b rows of at most s tokens; more are not stored."""
+  """An empty cache for b rows of at most s tokens; more are not stored.
+
+  Args:
+    config: the model.
+    b, s: rows and slots.
+    dtype: of keys and values.
+    capacity: see `Cache`.
+    guided: whether there is a first pass, `adapters.is_guided`.
+  """
   shape = (config.n_layers, b, config.n_kv_heads, s, config.head_dim)
   return Cache(
       k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype),
       positions=jnp.zeros((b, s), jnp.int32),
       segment_ids=jnp.zeros((b, s), jnp.int32),
       length=jnp.zeros((b,), jnp.int32),
-      capacity=jnp.asarray(s if capacity is None else capacity, jnp.int32))
+      capacity=jnp.asarray(s if capacity is None else capacity, jnp.int32),
+      first=init_cache(config, b, s, dtype, capacity) if guided else None)
+
+
+def first(cache: Cache | None) -> Cache | None:
+  """The first pass's cache; None without one of the second.
+
+  Raises:
+    ValueError: if it is missing, without which tokens were read otherwise.
+  """
+  if cache is not None and cache.first is None:
+    raise ValueError(
+        "these adapters have a first pass: make the cache with guided=True")
+  return cache and cache.first
 
 
 @functools.partial(jax.jit, static_argnames="s")
@@ -74,7 +99,8 @@ def grown(cache: Cache, s: int) -> Cache:
   return dataclasses.replace(
       cache, k=pad(cache.k, -2), v=pad(cache.v, -2),
       positions=pad(cache.positions, 1),
-      segment_ids=pad(cache.segment_ids, 1))
+      segment_ids=pad(cache.segment_ids, 1),
+      first=cache.first and grown(cache.first, s))
 
 
 def extend(

@@ -132,10 +132,10 @@ def layer(
   """
   b, t, _ = hidden.shape
 
-  def project(x, *names, noise=noise, keep=keep):
+  def project(x, *names, noise=noise, keep=keep, own=adapters):
     return _linears(
         x, [weights[name] for name in names],
-        [adapters.get(name) for name in names],
+        [own.get(name) for name in names],
         [None if noise is None else noise.for_target(name) for name in names],
         context.join, keep)
 
@@ -201,17 +201,21 @@ def layer(
   x = norm(mid, "pre_feedforward_layernorm" if config.post_norms
            else "post_attention_layernorm")
 
-  def mlp(keep, x, noise):
-    gate, up = project(x, "gate_proj", "up_proj", noise=noise, keep=keep)
+  def mlp(keep, tokens, noise):
+    x, known = tokens
+    how = dict(noise=noise, keep=keep,
+               own=adapters_lib.of_tokens(adapters, known))
+    gate, up = project(x, "gate_proj", "up_proj", **how)
     gate, up = kept("gate", gate, keep), kept("up", up, keep)
     activate = layers_lib.ACTIVATIONS[config.activation]
-    out, = project(activate(gate) * up, "down_proj", noise=noise, keep=keep)
+    out, = project(activate(gate) * up, "down_proj", **how)
     if mlp_block is not None:
       out = mlp_block.residual(
           x, out, None if noise is None else noise.for_target("mlp"))
     return out
 
-  out = tiles.over_tokens(mlp, x, noise, context.mlp_tiles, keep)
+  out = tiles.over_tokens(
+      mlp, (x, adapters_lib.by_token(adapters)), noise, context.mlp_tiles, keep)
   if config.post_norms:
     out = norm(keep("down_out", out), "post_feedforward_layernorm")
   return mid + out, (k, v)
@@ -245,7 +249,8 @@ def forward(
     config: the model; static under `jit`.
     base: its frozen weights; layers in host memory come one at a time, see
       `stream`.
-    adapters: what is trained beside them, or None.
+    adapters: what is trained beside them, or None; a first pass
+      without them comes before it, if they are `guided`.
     tokens: `[b, t]` int.
     positions: `[b, t]` int, within the segment.
     segment_ids: `[b, t]` int, 0 on padding.
@@ -267,6 +272,13 @@ def forward(
     tokens appended (None without one).
   """
   adapters = adapters or adapters_lib.Adapters()
+  if adapters_lib.is_guided(adapters):
+    hidden, first = forward(
+        config, base, adapters_lib.unguided(adapters), tokens, positions,
+        segment_ids, cache=cache_lib.first(cache), dtype=dtype, mesh=mesh,
+        attention=attention, mlp_tiles=mlp_tiles, frozen_matmul=frozen_matmul)
+    adapters = adapters_lib.guided(adapters, hidden, noise)
+    cache = cache and dataclasses.replace(cache, first=first)
   trained, frozen = _trained(adapters), base.layers
   base = combined(base, adapters)
   empty = cache is not None and attention.layout == "single"

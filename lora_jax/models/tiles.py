@@ -21,7 +21,7 @@ from lora_jax import types
 
 def over_tokens(
     function: Callable,
-    x: types.Array,
+    x: types.Tree,
     noise: adapters_lib.Noise | None,
     tiles: int,
     keep: keep_lib.Keep = keep_lib.named,
@@ -31,7 +31,7 @@ def over_tokens(
 
   Args:
     function: `(keep, x [b, c, d], noise) -> [b, c, d]`, for each token alone.
-    x: `[b, t, d]`.
+    x: `[b, t, d]`, or a tree of such.
     noise: of x's tokens, or None; every tile is given that of its own.
     tiles: into how many the t columns are cut; every tile has all rows, so
       that on a mesh each device has its part of all of them. The last is
@@ -41,7 +41,7 @@ def over_tokens(
   Returns:
     `[b, t, d]`, to rounding what `function` gives.
   """
-  b, t = x.shape[:2]
+  b, t = jax.tree.leaves(x)[0].shape[:2]
   width = -(-t // max(tiles, 1))
   if width >= t:
     return function(keep, x, noise)

@@ -125,6 +125,16 @@ def _logits(base, tree, data):
   return decoder.unembed(CONFIG, base, tree, hidden)
 
 
+def told(base, tree, data):
+  """Adapters that know all of the batch that a layer of theirs has to."""
+  if not adapters_lib.is_guided(tree):
+    return tree
+  hidden, _ = decoder.forward(
+      CONFIG, base, adapters_lib.unguided(tree), data.tokens, data.positions,
+      data.segment_ids)
+  return adapters_lib.guided(tree, hidden)
+
+
 @functools.partial(jax.jit, static_argnames=("noise", "dtype"))
 def gradient(trainable, frozen, base, data, key, noise=False,
              dtype="float32"):

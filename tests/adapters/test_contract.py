@@ -132,8 +132,9 @@ def test_scan_computes_what_a_loop_does(method):
       data.segment_ids)
   hidden = decoder._embed(whole, tree, data.tokens, jnp.float32)
   layer = jax.jit(decoder.layer, static_argnums=0)
+  own = contract.told(base, tree, data)
   for i in range(CONFIG.n_layers):
-    adapters = {name: adapters_lib.module(tree, name, i)
+    adapters = {name: adapters_lib.module(own, name, i)
                 for name in tree.layers}
     hidden, _ = layer(
         CONFIG, context, hidden, contract.one(whole.layers, i), adapters)

@@ -52,7 +52,16 @@ class Case:
         fmt: init(jax.random.key(5), w) for fmt, w in ws.items()})(self.weights)
     self.moved = {fmt: contract.moved(a) for fmt, a in self.start.items()}
     self.x = jax.random.normal(jax.random.key(4), (2, 3, shape[0]))
+    # Of a first pass, for those methods that have one.
+    self.hidden = jax.random.normal(
+        jax.random.key(6), (2, 3, contract.CONFIG.d_model))
     self.bias = jnp.ones(shape[1])
+
+  def told(self, shared, noise=None, order=1):
+    """What its adapters are bound to, with the rows of x in some order."""
+    if not self.row.adapter.guided:
+      return shared
+    return shared.guide(self.hidden[::order], noise)
 
 
 @functools.cache
@@ -66,7 +75,7 @@ def test_it_starts_as_the_base_and_merging_computes_the_same(method):
 
   @jax.jit
   def run(weights, start, moved, shared, moved_shared):
-    found = {}
+    found, shared, moved_shared = {}, c.told(shared), c.told(moved_shared)
     for fmt, weight in weights.items():
       first, adapter = start[fmt].bound(shared), moved[fmt].bound(moved_shared)
       shift = adapter.shift(c.bias)
@@ -101,9 +110,9 @@ def test_bfloat16_and_dropout(method):
         jax.random.key(key), jnp.broadcast_to(examples[:, None], (2, 3)),
         jnp.broadcast_to(jnp.arange(3), (2, 3)))
 
-  def run(trainable, shared, x, draw):
+  def run(trainable, shared, x, draw, order=1):
     adapter = adapters_lib.join(trainable, frozen).bound(
-        adapters_lib.join(shared, known))
+        c.told(adapters_lib.join(shared, known), draw, order))
     y = adapter.apply(x, c.weights["nf4"], draw)
     y += adapter.shift(c.bias).astype(y.dtype)
     return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
@@ -113,7 +122,8 @@ def test_bfloat16_and_dropout(method):
     both = jax.value_and_grad(run, (0, 1), has_aux=True)
     ids = jnp.arange(2)
     (_, y), grads = both(trainable, shared, x, noise(0, ids))
-    swapped = run(trainable, shared, x[::-1], noise(0, ids[::-1]))[1]
+    swapped = run(
+        trainable, shared, x[::-1], noise(0, ids[::-1]), -1)[1]
     other = run(trainable, shared, x, noise(1, ids))[1]
     return y, grads, swapped, other
 

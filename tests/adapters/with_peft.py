@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import tempfile
+from unittest import mock
 import warnings
 
 import jax
@@ -41,8 +42,50 @@ def torch_model():
   torch = pytest.importorskip("torch")
   with tempfile.TemporaryDirectory() as folder:
     hf_export.write(f"{folder}/m", CONFIG, base(), None)
-    return transformers.AutoModelForCausalLM.from_pretrained(
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         f"{folder}/m", dtype=torch.float32, attn_implementation="eager").eval()
+  model.config.use_cache = False  # X-LoRA asks for it.
+  return model
+
+
+def peft_config(folder):
+  """A folder's config in PEFT, which looks for other folders that it names
+  where it runs."""
+  import peft
+
+  config = peft.PeftConfig.from_pretrained(str(folder))
+  if hasattr(config, "adapters"):
+    config.adapters = {
+        name: str(folder / path) for name, path in config.adapters.items()}
+  return config
+
+
+def save(model, folder):
+  """PEFT's `save_pretrained`, with what PEFT 0.21.2 leaves out of X-LoRA.
+
+  It takes `layers.0` for a part of the expert "0", and so on: of the
+  classifier nothing is saved, of an expert only the layer of its number, with
+  the base's weights (`test_what_peft_saves` of test_xlora.py). Of the others
+  there is one adapter, of which nothing is left out.
+  """
+  import peft.utils.save_and_load as peft_files
+  import safetensors.torch
+
+  with mock.patch.object(peft_files, "_filter_state_dict_for_adapter_name",
+                         lambda tensors, names: tensors):
+    model.save_pretrained(str(folder), selected_adapters=["default"])
+  config, state = model.peft_config["default"], model.state_dict()
+  if not getattr(config, "use_trainable_adapters", False):
+    return
+  for name in config.adapters:
+    own = {
+        key.replace(".lora_model.", ".").replace(f".{name}.weight", ".weight"):
+        value.contiguous() for key, value in state.items()
+        if ".lora_" in key and key.endswith(f".{name}.weight")}
+    model.peft_config[name].save_pretrained(str(folder / name))
+    safetensors.torch.save_file(own, folder / name / peft_export.WEIGHTS)
+  config.adapters = {name: name for name in config.adapters}
+  config.save_pretrained(str(folder))
 
 
 def build(config, move=0.1):
@@ -93,12 +136,13 @@ def check(config, tmp_path, keys=None, **more):
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     model = peft.PeftModel.from_pretrained(
-        torch_model(), str(tmp_path / "ours"))
+        torch_model(), str(tmp_path / "ours"),
+        config=peft_config(tmp_path / "ours"))
     assert tiny.distance(logits(tree), logits(None)) > 1e-3
     assert tiny.distance(
         logits(tree), tiny.torch_logits(
             model.eval(), TOKENS, **more)) <= 2e-5
-    theirs = peft.PeftConfig.from_pretrained(str(tmp_path / "ours"))
+    theirs = peft_config(tmp_path / "ours")
     theirs.inference_mode = False
     torch.manual_seed(0)
     model = peft.get_peft_model(torch_model(), theirs).eval()
@@ -106,7 +150,7 @@ def check(config, tmp_path, keys=None, **more):
       for value in model.parameters():
         if value.requires_grad:
           value += 0.1 * torch.randn_like(value)
-    model.save_pretrained(str(tmp_path / "theirs"))
+    save(model, tmp_path / "theirs")
     place = tmp_path / "theirs" / peft_export.CONFIG
     place.write_text(json.dumps(json.loads(place.read_text()) | (keys or {})))
     expected = tiny.torch_logits(model, TOKENS, **more)

@@ -25,6 +25,7 @@ from lora_jax.models import init
 from lora_jax.models import modules
 from tests import tiny
 from tests.adapters import contract
+from tests.adapters import with_peft
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -83,6 +84,7 @@ def torch_model(folder, method):
 
   model = transformers.AutoModelForCausalLM.from_pretrained(
       folder, dtype=torch.float32, attn_implementation="eager").eval()
+  model.config.use_cache = False  # X-LoRA asks for it.
   if method == "adaption_prompt":
     # PEFT 0.21.2 adds o_proj's bias twice: o_proj(o) + o_proj(what is added).
     # Halved, it is as often there as it should be; see test_llama_adapter.py.
@@ -169,7 +171,8 @@ def test_peft_reads_ours_and_merges_alike(method, folder, tmp_path):
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     model = peft.PeftModel.from_pretrained(
-        torch_model(folder, method), str(tmp_path / "a"))
+        torch_model(folder, method), str(tmp_path / "a"),
+        config=with_peft.peft_config(tmp_path / "a"))
   here = our_logits(tree)
   assert tiny.distance(here, our_logits(None)) > 1e-3
   assert tiny.distance(here, peft_logits(model)) <= 2e-5
@@ -199,7 +202,7 @@ def test_ours_reads_peft(method, folder, tmp_path):
   """An adapter that PEFT made from our config, with random values."""
   begun(method, "load", "stable")
   write(tmp_path / "a", method, ours(method))
-  config = peft.PeftConfig.from_pretrained(str(tmp_path / "a"))
+  config = with_peft.peft_config(tmp_path / "a")
   config.inference_mode = False
   torch.manual_seed(0)
   with warnings.catch_warnings():
@@ -209,7 +212,7 @@ def test_ours_reads_peft(method, folder, tmp_path):
     for value in model.parameters():
       if value.requires_grad:
         value += 0.1 * torch.randn_like(value)
-  model.save_pretrained(str(tmp_path / "theirs"))
+  with_peft.save(model, tmp_path / "theirs")
   loaded = read(tmp_path / "theirs")
   assert loaded.config.method == read_as(method)
   there = peft_logits(model)

@@ -110,10 +110,16 @@ def read(
   outer, used = whole.rows(bare, config, tied, str(place))
   rest = {k: v for k, v in named.items()
           if k.removeprefix(names_lib.PREFIX) not in {*saved, *used}}
+  parts = [] if form is None or form.parts is None else _parts(
+      folder, form.parts(config), paths, shapes, fused, geometry)
+  if parts:  # Whose ranks, scales and rates the config does not know.
+    block = dataclasses.replace(block, **{
+        field: max(getattr(part.config, field) for part in parts)
+        for field in ("rank", "alpha", "dropout")})
   reader = _Reader(
       folder, row, block, paths, shapes, geometry, uncut, fused or {})
   if form is not None and form.adapters is not None:
-    tree = reader.by_name(rest, form)
+    tree = reader.by_name(rest, form, parts)
   elif names_lib.BEGAN in metadata:
     rest, then = difference.halves(rest)
     tree = difference.rejoined(
@@ -130,6 +136,33 @@ def read(
                 replaced, saved)
 
 
+def _parts(folder, named, paths, shapes, fused, geometry) -> list[Loaded]:
+  """Adapters of the folders that one names, in it or where PEFT finds them.
+
+  Args:
+    folder: that names them.
+    named: paths.
+    paths, shapes, fused, geometry: see `read`.
+  """
+  found = []
+  for path in named:
+    place = folder / path
+    if not (place / names_lib.CONFIG).exists():
+      place = pathlib.Path(path)
+    if not (place / names_lib.CONFIG).exists():
+      raise errors.UserError(
+          f"{folder / names_lib.CONFIG}: adapters names {path}, which is no "
+          f"adapter's folder in {folder} or here; copy it there, or change "
+          "the path")
+    found.append(read(place, paths, shapes, fused, geometry, uncut=True))
+    if found[-1].replaced is not None or found[-1].saved:
+      raise errors.UserError(
+          f"{place}: an adapter that replaces weights of the base, or trains "
+          "modules whole, is no part of another; save it as a difference, or "
+          "use another")
+  return found
+
+
 class _Reader:
   """From tensors to adapters, for one model."""
 
@@ -142,10 +175,15 @@ class _Reader:
     self._uncut, self._fused = uncut, fused
     self.targets: tuple[str, ...] | str = "auto"
 
-  def by_name(self, named, form) -> base_lib.Adapters:
+  def by_name(self, named, form, parts) -> base_lib.Adapters:
     """Of a method whose tensors do not go by modules."""
+    more = [] if form.parts is None else [
+        [(part.config, part.adapters) for part in parts]]
+    if parts:
+      self.targets = tuple(dict.fromkeys(
+          path for part in parts for path in part.config.targets))
     try:
-      return form.adapters(named, self._block, self._geometry)
+      return form.adapters(named, self._block, self._geometry, *more)
     except (KeyError, TypeError, ValueError) as error:
       raise errors.UserError(
           f"{self._file}: {sorted(named)} is not what this method has for "

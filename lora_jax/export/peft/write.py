@@ -182,11 +182,14 @@ def write(
     named, config, joined = fused_lib.join(
         named, config, fused or {}, paths, exact=bool(began))
     metadata |= joined
-  elif row.form is not None:
+  elif row.form is not None and row.form.split is None:
     fused_lib.refuse(
         [p for target, ranks in _ranks(adapters).items()
          for p, rank in zip(paths[target], ranks, strict=True) if rank],
         fused or {})
+  parts: dict[str, Any] = {}
+  if row.form is not None and row.form.split is not None:
+    config, parts = row.form.split(jax.device_get(adapters), config, paths)
   named |= {f"{names_lib.PREFIX}{name}": x for name, x in (more or {}).items()}
   named = dict(sorted(named.items()))
   # Patterns keep their order: the first that matches a module counts.
@@ -197,6 +200,10 @@ def write(
         named.items(), {name: x.dtype.name for name, x in named.items()},
         metadata)
     (fresh / names_lib.CONFIG).write_text(text, encoding="utf-8")
+    for path, (block, tree) in parts.items():
+      own = peft_config(
+          block, tree, paths, config.get("base_model_name_or_path"))
+      write(fresh / path, tree, own, paths, fingerprint, fused)
     if tokenizer is not None:
       tokenizer.save_pretrained(fresh)
 
