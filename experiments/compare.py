@@ -23,6 +23,7 @@ import functools
 import importlib
 import inspect
 import json
+import os
 import pathlib
 import statistics as std_statistics
 import sys
@@ -130,14 +131,19 @@ class Trial:
         layout="packed", steps=train["steps"])
     self.key = jax.random.key(config["seed"])
 
+  @property
+  def trees(self):
+    return self.frozen, self.model.base
+
   def state(self) -> step_lib.TrainState:
     return step_lib.init_state(
         self.params, dtype=self.model.dtype, rules=self.settings.rules)
 
-  def step(self, state, batch, hyper, key):
+  def step(self, state, trees, batch, hyper, key):
+    """`trees`: those that are frozen; held, they were constants of it."""
     # Whoever compiles it gives the compiler's options: they are for the whole.
     return inspect.unwrap(step_lib.train_step)(
-        state, self.frozen, self.model.base, batch, hyper, key,
+        state, *trees, batch, hyper, key,
         model=self.model.config, settings=self.settings)
 
   def hypers(self, rates, number: int) -> optim_lib.Hyper:
@@ -153,7 +159,7 @@ class Trial:
   def train(self, rates):
     """(stacked params, losses `[steps, rates]`) of all rates at once."""
     many = jax.jit(
-        jax.vmap(self.step, in_axes=(0, None, 0, None)), donate_argnums=0,
+        jax.vmap(self.step, in_axes=(0, None, None, 0, None)), donate_argnums=0,
         compiler_options=compiler_options())
     state = jax.tree.map(
         lambda x: jnp.stack([x] * len(rates)), self.state())
@@ -161,7 +167,7 @@ class Trial:
     for number in range(self.config["train"]["steps"]):
       batch = jax.tree.map(jnp.asarray, self.batches.batch(number))
       state, metrics = many(
-          state, batch, self.hypers(rates, number), self.key)
+          state, self.trees, batch, self.hypers(rates, number), self.key)
       losses.append(metrics["loss"])
     return state.params, np.asarray(jax.device_get(losses))
 
@@ -177,12 +183,13 @@ class Trial:
     start = time.perf_counter()
     compiled = jax.jit(
         self.step, donate_argnums=0, compiler_options=compiler_options()
-    ).lower(state, batch, hyper, self.key).compile()
+    ).lower(state, self.trees, batch, hyper, self.key).compile()
     compile_seconds = time.perf_counter() - start
     seconds = []
     for number in range(repeats + 3):
       start = time.perf_counter()
-      state, metrics = compiled(state, batch, hyper, self.key)
+      state, metrics = compiled(
+          state, self.trees, batch, hyper, self.key)
       jax.block_until_ready((state, metrics))
       if number >= 3:
         seconds.append(time.perf_counter() - start)
@@ -193,7 +200,8 @@ class Trial:
         "step_seconds": median, "tokens_per_second": real / median,
         "step_bytes": (analysis.argument_size_in_bytes
                        + analysis.temp_size_in_bytes),
-        "compile_seconds": compile_seconds}
+        "compile_seconds": compile_seconds,
+        "timed_with": os.environ.get("XLA_FLAGS", "")}
 
 
 @functools.cache

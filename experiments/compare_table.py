@@ -47,11 +47,12 @@ def page(found: list[dict[str, Any]]) -> str:
       f"{config['compute']['dtype']}, "
       f"{config['optim']['schedule']} schedule. Device: "
       f"{environment['device']}; jax {environment['versions'].get('jax')}; one "
-      f"seed; commit {environment['git_commit'][:7]}. Learning rates tried for "
+      f"seed; commit {_all(found, 'git_commit', 7)}. Learning rates tried for "
       f"every method: {rates}; the best on one half of the held-out rows was "
       "chosen, losses are of the other half. Intervals: 95%, paired bootstrap "
       "over rows, which says nothing about other seeds. Speed: median step of "
-      "one adapter alone; memory: arguments and temporaries of that step's "
+      "one adapter alone, all in one process after the other"
+      f"{_flags(found)}; memory: arguments and temporaries of that step's "
       "program. A method's file holds its config, command and versions, its "
       "loss at every rate, and that of every row at the best.",
       "",
@@ -72,6 +73,17 @@ def page(found: list[dict[str, Any]]) -> str:
   return "\n".join([
       *lines, "", "\\* at the edge of the grid: a rate beyond it may be "
       "better.", "", "![held-out loss against parameters](loss.png)", ""])
+
+
+def _all(found: list[dict[str, Any]], key: str, length: int) -> str:
+  """What the environments say, of which there may be several."""
+  return ", ".join(sorted({
+      str(f["environment"][key])[:length] for f in found}))
+
+
+def _flags(found: list[dict[str, Any]]) -> str:
+  flags = sorted({f["timed_with"] for f in found if f.get("timed_with")})
+  return f" (XLA_FLAGS {'; '.join(flags)})" if flags else ""
 
 
 def plot(found: list[dict[str, Any]], path: pathlib.Path) -> None:
