@@ -143,6 +143,8 @@ def get_config() -> config_dict.ConfigDict:
   # copied in one ahead of the computation), activations (what remat keeps),
   # optimiser (its states between steps). Empty: nothing, or what memory needs.
   config.compute.offload = ""
+  # Whether a GPU has to give the same bits every time; slower. A CPU does.
+  config.compute.deterministic = False
   # auto plain cudnn tokamax splash; auto takes the fastest that can.
   config.compute.attention = "auto"
 

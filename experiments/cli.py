@@ -24,6 +24,7 @@ import jax
 
 from lora_jax import errors
 from lora_jax import processes
+from lora_jax.train import workdir as workdir_lib
 
 # Of compiled programs; the ones unused for longest go first.
 CACHE_BYTES = 2 * 2**30
@@ -51,6 +52,20 @@ def run(main: Callable[[], None], argv: list[str] | None = None) -> None:
     sys.stderr.flush()
     os._exit(code)
   sys.exit(code)
+
+
+def determine() -> None:
+  """Asks XLA for the same bits every time, if the config does."""
+  config = flags.FLAGS.config if "config" in flags.FLAGS else None
+  compute = getattr(config, "compute", None) or {}
+  if "reproduce" in flags.FLAGS and flags.FLAGS.reproduce:
+    compute = (workdir_lib.read_json(
+        pathlib.Path(flags.FLAGS.reproduce) / "config.json") or {}).get(
+            "compute", {})
+  if compute.get("deterministic", False):
+    # Before XLA reads them, which is with the first device.
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true")
 
 
 def connect() -> None:
@@ -111,6 +126,7 @@ def _code(main, argv) -> int:
     if rest:
       raise errors.UsageError(
           f'"{rest[0]}" is not a flag; write --name=value (see --help)')
+    determine()
     connect()
     cache_compilations()
     main()

@@ -4,6 +4,8 @@
   python -m experiments.run --config=configs/quickstart.py:method=dora \\
       --config.adapter.rank=8 --workdir=runs/dora8
 
+  python -m experiments.run --reproduce=runs/dora8
+
 The same command goes on where a killed run stopped. What a work directory
 holds is listed in lora_jax/train/workdir.py.
 """
@@ -26,6 +28,7 @@ from configs import common
 from experiments import blocks
 from experiments import cli
 from experiments import report
+from experiments import reproduce
 from experiments import rows as rows_lib
 from lora_jax import api
 from lora_jax import errors
@@ -155,6 +158,8 @@ def prepare(
     donate: whether nobody else needs the model's base.
   """
   rows, held_out, examples = data
+  workdir_lib.write_json(folder / "inputs.json", reproduce.inputs(
+      model.fingerprint, rows, held_out))
   if config["adapter"]["init_from"]:
     model = model.with_adapter(
         config["adapter"]["init_from"], dropout=config["adapter"]["dropout"])
@@ -258,9 +263,29 @@ def define_flags() -> None:
       "config", help_string="A file of configs/, with :arg behind it or not.")
   flags.DEFINE_string(
       "workdir", None, "Where the run writes; a folder under runs/ by default.")
+  flags.DEFINE_string(
+      "reproduce", None, "A work directory to run again, and compare with.")
+
+
+def replay(old: pathlib.Path, folder: pathlib.Path) -> None:
+  """Runs a work directory's config again in another, and compares.
+
+  Raises:
+    errors.UserError: if it did not come to the same.
+  """
+  execute(reproduce.start(old), folder)
+  found = reproduce.compare(old, folder)
+  if not found.same:
+    raise errors.UserError(found.text)
+  print(found.text)
 
 
 def main() -> None:
+  if flags.FLAGS.reproduce:
+    old = pathlib.Path(flags.FLAGS.reproduce)
+    replay(old, pathlib.Path(
+        flags.FLAGS.workdir or f"{old}-reproduced"))
+    return
   config = flags.FLAGS.config
   if config is None:
     raise errors.UsageError(

@@ -2,6 +2,7 @@
 
   config.json       the resolved config
   environment.json  versions, device, threads, commit, seeds
+  inputs.json       digests of the base and the rows
   metrics.jsonl     one object a logged step or evaluation
   evals/            per-row losses of each evaluation
   samples.md        generations during training
