@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments import advice
 from lora_jax import adapters as adapters_lib
 from lora_jax import api
 from lora_jax import quant
@@ -70,7 +71,7 @@ def summary(
         "perplexity": evals[-1]["perplexity"],
         "best_step": progress.best_step,
         "best_eval_loss": progress.best_loss,
-    }
+    } | advice.advice(lines, workdir.read_json(folder / "config.json"))
   if model.parts:
     found["trainable_by_part"] = adapters_lib.several.sizes(
         model.adapters, list(model.parts))

@@ -242,6 +242,8 @@ def finish(
           f"{found['eval_loss_change']:+.4f}, 95% interval [{low:+.4f}, "
           f"{high:+.4f}] over {found['eval_rows']} rows; perplexity "
           f"{found['perplexity']:.2f}")
+  if "advice" in found:
+    print(found["advice"])
   if found["peak_device_bytes"]:
     predicted = found["step_device_bytes"]
     print(f"peak memory of the device "
