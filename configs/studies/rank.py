@@ -3,10 +3,10 @@
   python -m experiments.sweep --config=configs/studies/rank.py
   python -m experiments.sweep --config=configs/studies/rank.py:runlocal
 
-Published: LoRA (arXiv 2106.09685, table 6): ranks 1 to 64 of the query and
-value projections are within noise of each other on WikiSQL and MultiNLI.
-"LoRA Learns Less and Forgets Less" (2405.09673): under domain shift (code,
-mathematics) more rank helps, up to 256.
+Published: LoRA (arXiv 2106.09685, table 6, query and value): ranks 1, 2, 4, 8,
+64 have 73.4, 73.3, 73.7, 73.8, 73.5 on WikiSQL and 91.3, 91.4, 91.3, 91.6,
+91.4 on MultiNLI. "LoRA Learns Less and Forgets Less" (2405.09673; code,
+HumanEval): .358 at rank 16, .417 at 64, .498 at 256.
 
 Prediction: the held-out loss falls with the rank up to 32 or 64 on mathematics
 (GSM8K, `--set=data.path=...`), and is flat from rank 8 on a small instruction

@@ -13,7 +13,6 @@ from __future__ import annotations
 import ast
 from collections import Counter
 import pathlib
-import runpy
 
 from absl import flags
 
@@ -46,12 +45,10 @@ def make(
         f"{folder}: none of its {len(study.cells)} cells is done; run "
         "experiments.sweep")
   results.check_commits(found, mix)
-  parts = runpy.run_path(str(study.file))
-  given = (study.arg,) if study.arg else ()
-  tuned = parts["tuned"](*given) if "tuned" in parts else ()
-  arms = results.arms(found, tuned)
-  wanted = parts["baseline"](*given) if "baseline" in parts else {}
-  baseline = (results.arm_of(arms, wanted) if wanted else None) or arms[0]
+  parts = results.parts(study)
+  arms = results.arms(found, parts.tuned)
+  baseline = (results.arm_of(arms, parts.baseline)
+              if parts.baseline else None) or arms[0]
   judged = verdicts.judge(study.claims, arms)
   commit = Counter(run.commit for run in found).most_common(1)[0][0]
   output.mkdir(parents=True, exist_ok=True)

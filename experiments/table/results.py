@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import pathlib
+import runpy
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,29 @@ class Arm:
     values = [run.summary.get(key) for run in self.runs]
     known = [v for v in values if v is not None]
     return float(np.mean(known)) if known else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+  """What a study says of its arms.
+
+  Attributes:
+    tuned: fields that are chosen for each arm.
+    baseline: the fields of the arm that others are compared with; of the
+      first if it has none.
+  """
+
+  tuned: tuple[str, ...]
+  baseline: Mapping[str, Any]
+
+
+def parts(study: cells_lib.Study) -> Parts:
+  """`tuned()` and `baseline()` of a study's file, where it has them."""
+  found = runpy.run_path(str(study.file))
+  given = (study.arg,) if study.arg else ()
+  return Parts(
+      tuple(found["tuned"](*given)) if "tuned" in found else (),
+      found["baseline"](*given) if "baseline" in found else {})
 
 
 def runs(cells: Sequence[cells_lib.Cell]) -> list[Run]:
