@@ -25,6 +25,23 @@ METHODS = sorted(m for m in adapters_lib.METHODS if m != "none")
 ADAPTING = [m for m in METHODS if adapters_lib.METHODS[m].adapter]
 # Those of projections, which every format of the base concerns.
 PROJECTING = [m for m in ADAPTING if not adapters_lib.METHODS[m].sites]
+# What a method may have that concerns more than one place, or its weight alone.
+HOOKS = ("bound", "guide", "prepared", "constants", "finish", "shift", "share")
+
+
+def alike(method):
+  """Whether a whole model has nothing of a method that one place has not.
+
+  Of these whole models are slow tests: each takes some seconds to compile, and
+  test_contract_formats.py has a place of every method under every format.
+  """
+  row = adapters_lib.METHODS[method]
+  if method not in PROJECTING or row.share is not None or row.mixes_tokens:
+    return False
+  return not any(hook in vars(kind) for kind in row.adapter.__mro__
+                 if kind is not adapters_lib.Adapter for hook in HOOKS)
+
+
 FORMATS = ["none", *sorted(quant.FORMATS)]
 
 

@@ -24,8 +24,15 @@ from tests.adapters import contract
 CONFIG = contract.CONFIG
 ROWS = adapters_lib.METHODS
 
-each = pytest.mark.parametrize("method", contract.METHODS)
-adapting = pytest.mark.parametrize("method", contract.ADAPTING)
+
+
+def by_method(methods):
+  return pytest.mark.parametrize("method", [
+      pytest.param(m, marks=pytest.mark.slow)
+      if m != "lora" and contract.alike(m) else m for m in methods])
+
+
+each, adapting = by_method(contract.METHODS), by_method(contract.ADAPTING)
 # Whole models of these; of every method in test_contract_formats.py.
 some = pytest.mark.parametrize(
     "method", ["lora", "dora", "ia3", "houlsby", "prefix", "prompt", "full"])

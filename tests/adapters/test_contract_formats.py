@@ -35,6 +35,9 @@ class Case:
         for fmt in contract.FORMATS}
     shape = tuple(self.weights["none"].shape)
     width = config.rank if row.ranked else 1
+    # What is shared by modules is counted with the first in some methods.
+    self.parameters = registry.count(
+        row, config.options, target, shape, width, contract.GEOMETRY, turn=1)
     slot = base_lib.Slot(
         rank=np.int32(width),
         scale=np.float32(row.scale(config.alpha, width, config.options)),
@@ -89,6 +92,7 @@ def test_it_starts_as_the_base_and_merging_computes_the_same(method):
           adapters_lib.project(c.x, weight) + c.bias)
     return found
 
+  assert c.start["none"].size() == c.parameters
   found = run(c.weights, c.start, c.moved, c.shared, c.moved_shared)
   for fmt, (ours, merged, start, base) in found.items():
     assert tiny.distance(merged, ours) < 2e-5, fmt

@@ -175,7 +175,9 @@ def test_what_cannot_train_together_does_not(tmp_path):
 
 
 @pytest.mark.parametrize("method", [
-    name for name, row in adapters_lib.METHODS.items()
+    name if name in ("lora", "dora") else pytest.param(
+        name, marks=pytest.mark.slow)  # Each compiles two models' gradients.
+    for name, row in adapters_lib.METHODS.items()
     if row.adapter is not None and row.adapter.pads])
 def test_zeros_behind_the_ranks_do_nothing(method):
   """Of every method that says so: the same loss, and gradients 0 there."""
