@@ -17,6 +17,7 @@ from lora_jax.adapters.partition import join
 from lora_jax.adapters.partition import module
 from lora_jax.adapters.partition import of_tokens
 from lora_jax.adapters.partition import prepared
+from lora_jax.adapters.partition import reader
 from lora_jax.adapters.partition import split
 from lora_jax.adapters.partition import trainable_size
 from lora_jax.adapters.partition import unguided
@@ -38,7 +39,7 @@ __all__ = [
     "METHODS", "Adapter", "AdapterConfig", "Adapters", "Geometry", "Noise",
     "beside", "build", "by_token", "guided", "hybrid", "is_guided", "join",
     "keeps_sum", "layer", "module", "of_layers", "of_tokens", "prepared",
-    "project", "project_all", "several", "spans", "split", "stacks", "starts",
-    "trainable_size", "unguided", "virtual_places", "virtual_tasks",
+    "project", "project_all", "reader", "several", "spans", "split", "stacks",
+    "starts", "trainable_size", "unguided", "virtual_places", "virtual_tasks",
     "virtual_tokens", "with_rate", "without_constants",
 ]

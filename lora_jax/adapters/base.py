@@ -15,7 +15,9 @@ Nothing is intercepted. Every place of a model asks the adapter that it is given
   blocks       prefix, attended         self_attn
                residual                 self_attn, mlp
   input        virtual, labels          prompt
+  layers       entered, left            layer
   two passes   guide                    what all layers share
+  beside       begun                    what all layers share
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ from lora_jax import mesh as mesh_lib
 from lora_jax import struct
 from lora_jax import trees
 from lora_jax import types
+from lora_jax.adapters import geometry as geometry_lib
 from lora_jax.adapters import noise as noise_lib
+
+Geometry = geometry_lib.Geometry
 
 
 def trained(*axes: str | None, **options) -> Any:
@@ -61,33 +66,6 @@ RATE_GROUPS = ("up", "embedding")
 # What `jax.checkpoint` policies know by name: products that a method has yet
 # to finish, and norms of their columns.
 PRODUCT, NORMS = "product", "norms"
-
-
-@dataclasses.dataclass(frozen=True)
-class Geometry:
-  """Sizes of a model, by the letters of `types`.
-
-  Attributes:
-    d: model width.
-    f: MLP width.
-    h: query heads.
-    k: key and value heads.
-    e: width of a head.
-    l: layers.
-    v: vocabulary.
-    embed_scale: of the embeddings as they enter the first layer.
-    biased: targets of projections that have a bias.
-  """
-
-  d: int
-  f: int
-  h: int
-  k: int
-  e: int
-  l: int  # The glossary's letter.
-  v: int
-  embed_scale: float = 1.0
-  biased: tuple[str, ...] = ()
 
 
 @struct.dataclass
@@ -162,6 +140,9 @@ class Adapter:
   finishes: ClassVar[bool] = False
   # Whether it is bound to what `Adapters.shared` makes of a first pass.
   guided: ClassVar[bool] = False
+  # Whether it is a small decoder that reads the input first; see
+  # `models.beside`, which says what it has.
+  reads_first: ClassVar[bool] = False
 
   # --- projections
 
@@ -280,6 +261,27 @@ class Adapter:
     del x, noise
     return y
 
+  # --- layers
+
+  def entered(
+      self, hidden: types.Array, state: types.Array,
+      noise: noise_lib.Noise | None = None,
+  ) -> types.Array:
+    """A layer's input `[b, t, d]`, with what this adds to it.
+
+    Args:
+      hidden: `[b, t, d]`.
+      state: `[b, t, d]`, what goes from layer to layer beside it; see `begun`.
+      noise: of a training step, or None.
+    """
+    del state, noise
+    return hidden
+
+  def left(self, hidden: types.Array, state: types.Array) -> types.Array:
+    """The next layer's `state`; `hidden` is what this one has put out."""
+    del hidden
+    return state
+
   # --- input
 
   def virtual(self) -> types.Array:
@@ -315,6 +317,14 @@ class Adapter:
       noise: of a training step, or None.
     """
     raise TypeError(f"{type(self).__name__} makes nothing of a first pass")
+
+  def begun(self, hidden: types.Array) -> types.Array:
+    """The first layer's `state` `[b, t, d]`, of one that `reads_first`.
+
+    Args:
+      hidden: `[b, t, d']`, its own last hidden states.
+    """
+    raise TypeError(f"{type(self).__name__} reads nothing first")
 
   def by_token(self) -> types.Tree:
     """What it knows of each token, `[b, t, ...]`; None if nothing."""
@@ -429,11 +439,8 @@ class Adapter:
     """
 
     def group(field):
-      if getattr(self, field.name) is None:
-        return None
-      if embedding:
-        return "embedding"
-      return field.metadata.get("rate_group")
+      name = "embedding" if embedding else field.metadata.get("rate_group")
+      return jax.tree.map(lambda _: name, getattr(self, field.name))
 
     return dataclasses.replace(self, **{
         field.name: group(field) for field in dataclasses.fields(self)

@@ -193,6 +193,8 @@ class Method:
     identity_at_init: whether the model is the base before the first step.
     mergeable: whether `merge` does.
     zero_gradients: fields whose gradient is zero at the first step.
+    carried: fields of which only later layers see anything: those of the last
+      layer that is adapted have no gradient.
     share: `(key, Modules) -> Adapters.shared`.
     count_shared: trainable parameters of it, an expression of r, the options,
       the letters, and how many `modules` are adapted.
@@ -225,6 +227,7 @@ class Method:
   identity_at_init: bool = True
   mergeable: bool = True
   zero_gradients: tuple[str, ...] = ()
+  carried: tuple[str, ...] = ()
   share: Callable[..., Any] | None = None
   count_shared: str = ""
   samples: bool = False

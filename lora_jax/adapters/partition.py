@@ -130,6 +130,12 @@ def guided(
       for name, stacked in adapters.layers.items()})
 
 
+def reader(adapters: base.Adapters) -> Any:
+  """The decoder that reads the input first, if that is what they share."""
+  found = adapters.shared
+  return found if is_adapter(found) and found.reads_first else None
+
+
 def by_token(adapters: Mapping[str, base.Adapter]) -> dict[str, Any]:
   """What a layer's adapters know of each token, by target."""
   found = {name: one.by_token() for name, one in adapters.items()}

@@ -60,6 +60,7 @@ from lora_jax.adapters import pvera
 from lora_jax.adapters import qa_lora
 from lora_jax.adapters import randlora
 from lora_jax.adapters import road
+from lora_jax.adapters import shadow
 from lora_jax.adapters import shira
 from lora_jax.adapters import supertuning
 from lora_jax.adapters import tinylora
@@ -132,6 +133,7 @@ METHODS: dict[str, method_lib.Method] = {
     "parallel": bottleneck.PARALLEL,
     "compacter": compacter.METHOD,
     "compacter_plus": compacter.PLUS,
+    "shadow": shadow.METHOD,
 }
 
 

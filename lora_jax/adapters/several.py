@@ -273,12 +273,16 @@ def joined(trees: Mapping[str, base.Adapters]) -> base.Adapters:
       (`overrides`) belongs to the first.
 
   Raises:
-    errors.UserError: if one of them has a first pass of its own.
+    errors.UserError: if one of them has a pass of its own.
   """
   for name, tree in trees.items():
     if partition.is_guided(tree):
       raise errors.UserError(
           f"{name} looks at the model without adapters first, and cannot be "
+          "one of several methods; use it alone")
+    if partition.reader(tree) is not None:
+      raise errors.UserError(
+          f"{name} has a decoder of its own beside the model, and cannot be "
           "one of several methods; use it alone")
 
   def at(field):

@@ -10,8 +10,8 @@ from lora_jax import errors
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
-# Places that are no projections, but blocks and the input.
-SITES = ("self_attn", "mlp", "prompt")
+# Places that are no projections, but blocks, whole layers and the input.
+SITES = ("self_attn", "mlp", "layer", "prompt")
 NORMS = ("input_layernorm", "post_attention_layernorm",
          "pre_feedforward_layernorm", "post_feedforward_layernorm",
          "q_norm", "k_norm", "norm")

@@ -26,6 +26,7 @@ from lora_jax import struct
 from lora_jax import types
 from lora_jax.evaluate import sampling as sampling_lib
 from lora_jax.kernels import attention as attention_lib
+from lora_jax.models import beside
 from lora_jax.models import cache as cache_lib
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
@@ -180,7 +181,8 @@ def prefill(
   positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
   segments = (positions < lengths[:, None]).astype(jnp.int32)
   guided = adapters is not None and adapters_lib.is_guided(adapters)
-  cache = cache_lib.init_cache(model, b, size, dtype, capacity, guided)
+  cache = cache_lib.init_cache(
+      model, b, size, dtype, capacity, guided, beside.model(model, adapters))
   hidden, filled = decoder.forward(
       model, base, adapters, tokens, positions, segments, cache=cache,
       dtype=dtype,

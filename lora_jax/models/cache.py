@@ -36,7 +36,8 @@ class Cache:
     capacity: `[]` int32, tokens that a row will hold at most; s unless the
       cache is to grow.
     first: of the same tokens in a first pass, which adapters that are `guided`
-      have before their own; None where there are none.
+      have before their own, or in a decoder that reads them first (`beside`);
+      None where there are none.
   """
 
   k: types.Array
@@ -55,6 +56,7 @@ def init_cache(
     dtype: Any = jnp.float32,
     capacity: types.Array | None = None,
     guided: bool = False,
+    reader: config_lib.ModelConfig | None = None,
 ) -> Cache:
   """An empty cache for b rows of at most s tokens; more are not stored.
 
@@ -64,7 +66,9 @@ def init_cache(
     dtype: of keys and values.
     capacity: see `Cache`.
     guided: whether there is a first pass, `adapters.is_guided`.
+    reader: the decoder that reads first, `beside.model`, or None.
   """
+  before = config if guided else reader
   shape = (config.n_layers, b, config.n_kv_heads, s, config.head_dim)
   return Cache(
       k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype),
@@ -72,7 +76,8 @@ def init_cache(
       segment_ids=jnp.zeros((b, s), jnp.int32),
       length=jnp.zeros((b,), jnp.int32),
       capacity=jnp.asarray(s if capacity is None else capacity, jnp.int32),
-      first=init_cache(config, b, s, dtype, capacity) if guided else None)
+      first=None if before is None else init_cache(
+          before, b, s, dtype, capacity))
 
 
 def first(cache: Cache | None) -> Cache | None:
@@ -83,7 +88,8 @@ def first(cache: Cache | None) -> Cache | None:
   """
   if cache is not None and cache.first is None:
     raise ValueError(
-        "these adapters have a first pass: make the cache with guided=True")
+        "these adapters have a first pass: make the cache with guided=True, "
+        "or with reader=beside.model(...)")
   return cache and cache.first
 
 

@@ -23,13 +23,14 @@ import jax.numpy as jnp
 
 from lora_jax import adapters as adapters_lib
 from lora_jax import keep as keep_lib
-from lora_jax import mesh as mesh_lib
 from lora_jax import struct
 from lora_jax import trees
 from lora_jax import types
 from lora_jax.kernels import attention as attention_lib
+from lora_jax.models import beside
 from lora_jax.models import cache as cache_lib
 from lora_jax.models import config as config_lib
+from lora_jax.models import frozen as frozen_lib
 from lora_jax.models import layers as layers_lib
 from lora_jax.models import rope
 from lora_jax.models import sharding
@@ -37,40 +38,10 @@ from lora_jax.models import stream
 from lora_jax.models import tiles
 from lora_jax.quant import fp8
 
-
-@struct.dataclass
-class Linear:
-  """A frozen projection.
-
-  Attributes:
-    weight: `[i, o]`, an array or a `quant.QuantizedArray`; `[l, i, o]` when
-      stacked.
-    bias: `[o]` (`[l, o]`), or None.
-  """
-
-  weight: Any = mesh_lib.axes("in", "out")
-  bias: types.Array | None = mesh_lib.axes("out", default=None)
-
-
-@struct.dataclass
-class Base:
-  """A frozen model.
-
-  Attributes:
-    embed_tokens: `[v, d]`.
-    layers: by Hugging Face's module name without parents: `Linear`s for
-      q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, and
-      arrays for input_layernorm, post_attention_layernorm `[l, d]`,
-      pre_feedforward_layernorm, post_feedforward_layernorm `[l, d]` (if
-      `config.post_norms`), q_norm, k_norm `[l, e]` (if `config.qk_norm`).
-    norm: `[d]`, before the head.
-    lm_head: a `Linear` `[d, v]`, or None if it is the embedding transposed.
-  """
-
-  embed_tokens: types.Array = mesh_lib.axes("in", "out")
-  layers: dict[str, Any] = mesh_lib.axes()
-  norm: types.Array = mesh_lib.axes(None)
-  lm_head: Linear | None = None
+Linear = frozen_lib.Linear
+Base = frozen_lib.Base
+head_parts = frozen_lib.head_parts
+combined = frozen_lib.combined
 
 
 @struct.dataclass
@@ -221,6 +192,39 @@ def layer(
   return mid + out, (k, v)
 
 
+def around(
+    config: config_lib.ModelConfig,
+    context: Context,
+    carry: tuple[types.Array, types.Array | None],
+    weights: Mapping[str, Any],
+    adapters: Mapping[str, Any],
+    noise: adapters_lib.Noise | None = None,
+    window: types.Array | None = None,
+    cached: tuple[types.Array, types.Array] | None = None,
+    keep: keep_lib.Keep = keep_lib.named,
+) -> tuple[tuple, tuple[types.Array, types.Array]]:
+  """One block, and what an adapter of the whole of it does before and after.
+
+  Args:
+    config, context, weights, adapters, noise, window, cached, keep: see
+      `layer`.
+    carry: `[b, t, d]`, and the state beside it; see `beside`.
+
+  Returns:
+    The next carry, and the tokens' keys and values.
+  """
+  hidden, state = carry
+  own = adapters.get("layer")
+  if own is not None:
+    hidden = own.entered(
+        hidden, state, None if noise is None else noise.for_target("layer"))
+  hidden, new = layer(
+      config, context, hidden, weights, adapters, noise, window, cached, keep)
+  if own is not None:
+    state = own.left(keep("down_out", hidden), state)
+  return (hidden, state), new
+
+
 def _norm_scale(weight, adapter):
   return weight if adapter is None else adapter.merge(weight)
 
@@ -242,6 +246,7 @@ def forward(
     mlp_tiles: int = 1,
     spill: bool = False,
     frozen_matmul: str = "auto",
+    state: types.Array | None = None,
 ) -> tuple[types.Array, cache_lib.Cache | None]:
   """Hidden states of a batch of rows, packed or padded, cached or not.
 
@@ -266,6 +271,7 @@ def forward(
     spill: whether what the backward pass keeps is kept in host memory.
     frozen_matmul: static; in what the layers' frozen weights are multiplied, a
       key of `fp8.RECIPES`.
+    state: what `beside.begun` gives, if it was asked.
 
   Returns:
     `[b, t, d]` after the final norm, in `dtype`, and the cache with these
@@ -279,6 +285,14 @@ def forward(
         attention=attention, mlp_tiles=mlp_tiles, frozen_matmul=frozen_matmul)
     adapters = adapters_lib.guided(adapters, hidden, noise)
     cache = cache and dataclasses.replace(cache, first=first)
+  if adapters_lib.reader(adapters) is not None:
+    if state is None:
+      state, first = beside.begun(
+          forward, config, base, adapters, tokens, positions, segment_ids,
+          cache=cache, dtype=dtype, remat=remat, mesh=mesh,
+          attention=attention, mlp_tiles=mlp_tiles, spill=spill)
+      cache = cache and dataclasses.replace(cache, first=first)
+    adapters = dataclasses.replace(adapters, shared=None)
   trained, frozen = _trained(adapters), base.layers
   base = combined(base, adapters)
   empty = cache is not None and attention.layout == "single"
@@ -310,7 +324,7 @@ def forward(
 
   common, known = adapters_lib.split(adapters.shared)
 
-  def body(shared, hidden, xs, keep):
+  def body(shared, carry, xs, keep):
     context, noise, known, past = shared
     index, weights, layer_adapters, window, cached, common = xs
     if past is not None:
@@ -327,10 +341,11 @@ def forward(
       # gathered again, in floats.
       layer_adapters = {name: adapters_lib.without_constants(one)
                         for name, one in layer_adapters.items()}
-    hidden, new = layer(
-        config, context, hidden, weights, layer_adapters, draw, window, cached,
+    carry, new = around(
+        config, context, carry, weights, layer_adapters, draw, window, cached,
         keep)
-    return sharding.rows(mesh, hidden), cacheable(new)
+    return jax.tree.map(
+        lambda x: sharding.rows(mesh, x), carry), cacheable(new)
 
   def cacheable(new):
     """What the scan stacks of a layer's keys and values."""
@@ -358,13 +373,13 @@ def forward(
   hidden = sharding.rows(
       mesh, _embed(base, adapters, tokens, dtype, config.embed_scale),
       "requests", None, "model")
-  hidden = sharding.rows(mesh, hidden)
+  carry = sharding.rows(mesh, hidden), state
   options: dict[str, Any] = dict(
       remat=remat, gathers=sharding.gathers(mesh), spill=spill)
   spans = adapters_lib.spans(adapters.layers, config.n_layers)
   if len(spans) == 1 and not config.layer_order:
-    hidden, new = stream.scan(
-        body, (context, noise, known, None), hidden,
+    (hidden, _), new = stream.scan(
+        body, (context, noise, known, None), carry,
         inputs(*spans[0], base.layers, past), **options)
   else:
     own = getattr(adapters.overrides, "layers", None)
@@ -373,12 +388,13 @@ def forward(
     parts = []
     for start, stop in spans:
       weights = jax.tree.map(lambda x: x[start:stop], own)  # noqa: B023
-      hidden, new = stream.scan(
-          body, (context, noise, known, past), hidden,
+      carry, new = stream.scan(
+          body, (context, noise, known, past), carry,
           inputs(start, stop, weights, None), stacks=stacks,
           order=order[start:stop], **options)
       parts.append(new)
-    new = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+    (hidden, _), new = carry, jax.tree.map(
+        lambda *x: jnp.concatenate(x), *parts)
   if read is not None:
     cache = cache_lib.append(read, new, positions, segment_ids)
   elif cache is not None:
@@ -419,27 +435,6 @@ def unembed(
     logits = embedding.tied_logits(hidden, logits)
   return layers_lib.soft_cap(
       logits.astype(jnp.float32), config.final_softcap)
-
-
-def head_parts(
-    base: Base | None, adapters: adapters_lib.Adapters | None
-) -> tuple[Base | None, adapters_lib.Adapters | None]:
-  """What of a base and of adapters `unembed` reads: all but the layers."""
-  if base is not None:
-    base = dataclasses.replace(base, layers={})
-  if adapters is None:
-    return base, None
-  overrides = adapters.overrides
-  if overrides is not None:
-    overrides = dataclasses.replace(overrides, layers={})
-  return base, dataclasses.replace(adapters, layers={}, overrides=overrides)
-
-
-def combined(base: Base, adapters: adapters_lib.Adapters | None) -> Base:
-  """The base with the weights that `adapters` trains in their places."""
-  if adapters is None or adapters.overrides is None:
-    return base
-  return trees.combine(adapters.overrides, base)
 
 
 def _trained(adapters):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from lora_jax import struct
 from lora_jax import types
 from lora_jax.adapters import method as method_lib
 from lora_jax.kernels import attention as attention_lib
+from lora_jax.models import beside
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
 from lora_jax.models import sharding
@@ -125,6 +127,9 @@ def weighted_sum(
 ) -> jax.Array:
   """Sum of `loss_weights * nll` over a `[b, t]` batch.
 
+  Of a decoder that reads the input first (`models.beside`) the same sum, with
+  the model's head, is added `auxiliary` times.
+
   Args:
     params: trainable part of the adapters.
     frozen: frozen part of the adapters.
@@ -144,13 +149,16 @@ def weighted_sum(
     return adapters.Noise(key, part.example_ids, part.positions)
 
   tree = adapters.join(params, frozen)
+  rows = batch.tokens, batch.positions, batch.segment_ids
+  options: dict[str, Any] = dict(
+      dtype=settings.dtype, remat=settings.remat, mesh=settings.mesh,
+      attention=settings.attention, mlp_tiles=settings.mlp_tiles,
+      spill="activations" in settings.offload)
+  state, _ = beside.begun(
+      decoder.forward, model, base, tree, *rows, **options)
   hidden, _ = decoder.forward(
-      model, base, tree, batch.tokens, batch.positions, batch.segment_ids,
-      noise=noise(batch), dtype=settings.dtype, remat=settings.remat,
-      mesh=settings.mesh, attention=settings.attention,
-      mlp_tiles=settings.mlp_tiles, spill="activations" in settings.offload,
-      frozen_matmul=settings.frozen_matmul)
-
+      model, base, tree, *rows, noise=noise(batch), state=state,
+      frozen_matmul=settings.frozen_matmul, **options)
 
   def unembed(trainable, rest, chunk, part):
     head_base, head_frozen, step_key = rest
@@ -166,9 +174,17 @@ def weighted_sum(
   head_base = sharding.gathered(settings.mesh, head_base, settings.dtype)
   head_frozen, head_params = sharding.gathered(
       settings.mesh, (head_frozen, head_params))
-  return loss.weighted_nll(
-      unembed, head_params, (head_base, head_frozen, key), hidden, batch,
-      model.vocab_size, mesh_lib.ways(settings.mesh))
+
+
+  def nll(hidden):
+    return loss.weighted_nll(
+        unembed, head_params, (head_base, head_frozen, key), hidden, batch,
+        model.vocab_size, mesh_lib.ways(settings.mesh))
+
+  reader = adapters.reader(tree)
+  if reader is None or not reader.auxiliary:
+    return nll(hidden)
+  return nll(hidden) + reader.auxiliary * nll(state)
 
 
 def penalty(

@@ -10,6 +10,7 @@ import numpy as np
 from lora_jax import adapters as adapters_lib
 from lora_jax import quant
 from lora_jax import types
+from lora_jax.models import beside
 from lora_jax.models import config as config_lib
 from lora_jax.models import decoder
 from lora_jax.models import init
@@ -150,6 +151,14 @@ def told(base, tree, data):
       CONFIG, base, adapters_lib.unguided(tree), data.tokens, data.positions,
       data.segment_ids)
   return adapters_lib.guided(tree, hidden)
+
+
+def begun(base, tree, data):
+  """The state beside the hidden states, if adapters have one."""
+  state, _ = beside.begun(
+      decoder.forward, CONFIG, base, tree, data.tokens, data.positions,
+      data.segment_ids)
+  return state
 
 
 @functools.partial(jax.jit, static_argnames=("noise", "dtype"))
