@@ -43,7 +43,6 @@ UNMERGED = ("poly",)
 REFUSED = {
     "PSOFT": "its folders hold no A and B: PEFT makes them of the base's SVD, "
              "whose signs differ from library to library",
-    "SHADOW": "it trains a second transformer beside the base",
 }
 MATRIX: dict[str, dict[str, str]] = {}
 
