@@ -245,6 +245,23 @@ def test_gradients_do_not_depend_on_how_they_are_computed(how, noise):
     assert abs(plain - value) > 1e-3
 
 
+@pytest.mark.parametrize("remat", ["none", "named"])
+def test_a_bf16_step_is_near_the_exact_one(remat):
+  """Beside an NF4 base; there products of the same x are one."""
+  base, tree = contract.randomised("shadow", "nf4")
+  data = contract.stacked(contract.batch())
+  exact, expected = gradient(tree, base, data)
+  value, grads = jax.jit(functools.partial(
+      step_lib.loss_and_grads, model=CONFIG, settings=step_lib.Settings(
+          dtype="bfloat16", remat=remat)))(
+              *adapters_lib.split(tree), base, data, jax.random.key(0))
+  assert abs(value - exact) < 0.05
+  expected = trees.paths(expected)
+  for path, leaf in trees.paths(grads).items():
+    assert leaf.dtype == jnp.float32, path
+    assert tiny.distance(leaf, expected[path]) < 0.2, path
+
+
 def test_layers_in_several_runs_compute_the_same():
   """Those before the first that is adapted have a scan of their own."""
   base, tree = model(layers="2")
@@ -465,9 +482,48 @@ def test_a_new_shadow_has_the_models_heads():
 
 
 def test_peft_knows_no_gaps(tmp_path):
+  """A layer between others is given hidden states and the state as one."""
   _, tree = model(layers="0,2")
   with pytest.raises(errors.UserError, match="leaves layers between others"):
     with_peft.write(tmp_path / "a", contract.block("shadow"), tree)
+  with pytest.raises(AttributeError, match="'ShadowCarrier' object has no"):
+    theirs(with_peft.torch_model(), tmp_path / "b",
+           target_modules=["model.layers.0", "model.layers.2"])
+
+
+def test_peft_leaves_out_the_cap_of_the_shadows_logits(tmp_path):
+  """In the shadow's own loss of Gemma 2, whose logits have one."""
+  peft = pytest.importorskip("peft")
+  torch = pytest.importorskip("torch")
+  config = tiny.CONFIGS["gemma2"]
+  base = init.random_base(jax.random.key(1), config)
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    found = peft.get_peft_model(
+        tiny.to_torch(config, base, tmp_path / "m"), peft.ShadowConfig(
+            task_type="CAUSAL_LM", auxiliary_loss_weight=1.0)).eval()
+  found.save_pretrained(str(tmp_path / "a"))
+  labels = torch.from_numpy(with_peft.TOKENS.astype(np.int64))
+  with torch.no_grad():
+    out = found(labels, labels=labels)
+  tree = peft_export.read(
+      tmp_path / "a", modules.paths(config), modules.shapes(config),
+      geometry=modules.geometry(config)).adapters
+  at = np.tile(np.arange(12, dtype=np.int32), (2, 1))
+  state, _ = beside.begun(
+      decoder.forward, config, base, tree, with_peft.TOKENS, at,
+      np.ones_like(at))
+
+  def loss(config):
+    logits = decoder.unembed(config, base, None, state)[:, :-1]
+    picked = np.take_along_axis(
+        jax.nn.log_softmax(logits), with_peft.TOKENS[:, 1:, None], -1)
+    return -float(picked.mean())
+
+  shown = float(out.shadow_loss)
+  plain = loss(dataclasses.replace(config, final_softcap=None))
+  assert abs(plain - shown) < 1e-5 * shown
+  assert abs(loss(config) - shown) > 0.1
 
 
 def test_a_folder_that_cannot_be(tmp_path):
