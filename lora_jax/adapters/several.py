@@ -149,6 +149,10 @@ class Several(base.Adapter):
     return self.parts[self.order[0]].constants
 
   @property
+  def pads(self) -> bool:  # type: ignore[override]
+    return all(part.pads for part in self)
+
+  @property
   def of_bias(self) -> bool:  # type: ignore[override]
     return self.parts[self.order[0]].of_bias
 
