@@ -192,7 +192,7 @@ def _one(key, config, tree, paths, originals, donate, geometry, stats,
       name: base.Slot(
           **placement.frozen(), given=given.get(name),
           stats=(stats or {}).get(name), number=numbers[name],
-          turn=turns[name], bias=bias(tree, name), target=name,
+          turn=turns[name], bias=bias(tree, name, order), target=name,
           width=placement.width,
           shape=shapes[name], options=config.options, start=start,
           geometry=geometry)
@@ -275,10 +275,19 @@ def weight(tree: types.Tree, name: str) -> types.Tree:
   return getattr(holder, "weight", holder)
 
 
-def bias(tree: types.Tree, name: str) -> types.Array | None:
-  """The base's biases at a place, `[l, o]`, of one place `[1, o]`, or None."""
+def bias(
+    tree: types.Tree, name: str, order: Sequence[int] = ()
+) -> types.Array | None:
+  """The base's biases at a place, `[l, o]`, of one place `[1, o]`, or None.
+
+  Args:
+    tree: the base.
+    name: of the place.
+    order: see `partition.prepared`.
+  """
   if name in tree.layers:
-    return getattr(tree.layers[name], "bias", None)
+    found = getattr(tree.layers[name], "bias", None)
+    return found if found is None or not order else found[np.asarray(order)]
   found = getattr(getattr(tree, name, None), "bias", None)
   return None if found is None else found[None]
 

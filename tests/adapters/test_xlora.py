@@ -277,10 +277,13 @@ def gradient(tree, base, data, remat="none", tiles=1, noise=False):
       settings=step_lib.Settings(remat=remat, mlp_tiles=tiles, noise=noise))
 
 
+# Each is a program of its own to compile: one is enough where all are tested.
 @pytest.mark.parametrize("how", [
-    {"remat": "named"}, {"remat": "full"}, {"remat": "full", "tiles": 3}],
-                         ids=str)
-@pytest.mark.parametrize("noise", [False, True])
+    pytest.param({"remat": "named"}, marks=pytest.mark.slow),
+    pytest.param({"remat": "full"}, marks=pytest.mark.slow),
+    {"remat": "full", "tiles": 3}], ids=str)
+@pytest.mark.parametrize("noise", [
+    pytest.param(False, marks=pytest.mark.slow), True])
 def test_gradients_do_not_depend_on_how_they_are_computed(how, noise):
   """On what is kept, tiles of tokens, the order of rows and micro-batches;
   with dropout in the classifier and of the experts, too."""

@@ -66,6 +66,7 @@ def test_a_run_counts_and_saves_its_parts_apart(finished):
                                             "model.safetensors"))}
 
 
+@pytest.mark.slow  # A minute; tests/experiments/test_resume.py kills runs.
 def test_a_killed_run_ends_as_if_it_had_not_been(
     finished, run_command, tmp_path):
   folder = tmp_path / "run"
