@@ -135,7 +135,15 @@ def _fit(part, note):
     return
   note("side by side: " + ", ".join(
       f"[{i}] {cell.name}" for i, (cell, _, _) in enumerate(part)))
-  found = training_lib.fit([ready.training for _, ready, _ in part])
+  try:
+    found = training_lib.fit([ready.training for _, ready, _ in part])
+  except jax.errors.JaxRuntimeError as error:
+    # Most likely there was no memory for all of them.
+    for cell, _, _ in part:
+      cell.failed(error)
+    note(f"side by side: failed: {_first_line(error)}; try --together="
+         f"{max(1, len(part) // 2)} --retry")
+    return
   for (cell, ready, sinks), one in zip(part, found, strict=True):
     with _noted(cell, note):
       if isinstance(one, errors.UserError):
@@ -154,6 +162,10 @@ def _noted(
     cell: cells_lib.Cell, note: Callable[[str], None]) -> Iterator[None]:
   try:
     yield
-  except (errors.UserError, errors.UsageError, OSError) as error:
+  except (errors.UserError, OSError, jax.errors.JaxRuntimeError) as error:
     cell.failed(error)
-    note(f"{cell.name}: failed: {error}")
+    note(f"{cell.name}: failed: {_first_line(error)}")
+
+
+def _first_line(error: BaseException) -> str:
+  return (str(error).splitlines() or [type(error).__name__])[0]

@@ -64,6 +64,7 @@ def header(study: cells_lib.Study, found: Sequence[results.Run],
       f"{environment.get('versions', {}).get('jax')}; {len(found)} cells, up "
       f"to {together} side by side, {seconds:.0f} s in all. Loss: nats a token "
       "of the half of the held-out rows on which nothing was chosen; "
+      "tok/s: of one cell, whose steps others may share; "
       "intervals: bootstrap over seeds and rows; p: of no difference from the "
       "baseline, for all arms together (Holm)."]
 

@@ -6,6 +6,7 @@ import json
 import os
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -159,3 +160,16 @@ def test_the_plan_is_told_before_anything_runs(write, tmp_path, capsys):
   assert "5 cells, 5 to run in 2 groups" in said
   assert "4 side by side: rank=2,seed=0" in said
   assert not (tmp_path / "a").exists()
+
+
+def test_a_group_without_memory_fails_and_the_rest_goes_on(
+    write, tmp_path, monkeypatch, capsys):
+  def full(*args, **kwargs):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no more\nat all")
+
+  monkeypatch.setattr(together.training_lib, "fit", full)
+  study = cells_lib.study(write(), tmp_path / "a")
+  sweep.run(study, tmp_path / "a", 8)
+  said = capsys.readouterr().out
+  assert [c.state for c in study.cells] == ["failed"] * 4 + ["done"]
+  assert "RESOURCE_EXHAUSTED: no more; try --together=2 --retry" in said
