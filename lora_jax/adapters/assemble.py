@@ -164,7 +164,7 @@ def _one(key, config, tree, paths, originals, donate, geometry, stats,
             f"adapter.{field} stands beside adapters, and adapter.method="
             f"{config.method} makes none; leave it empty, or use lora")
     return row.build(tree)
-  assert row.init is not None  # A row has one of the two.
+  assert row.init is not None and row.adapter is not None  # One of the two.
   config = registry.checked(config)
   start, placed = config.start(), place(config, paths)
   if "lm_head" in placed:
@@ -192,7 +192,8 @@ def _one(key, config, tree, paths, originals, donate, geometry, stats,
       name: base.Slot(
           **placement.frozen(), given=given.get(name),
           stats=(stats or {}).get(name), number=numbers[name],
-          turn=turns[name], bias=bias(tree, name, order), target=name,
+          turn=turns[name], target=name,
+          bias=bias(tree, name, order) if row.adapter.of_bias else None,
           width=placement.width,
           shape=shapes[name], options=config.options, start=start,
           geometry=geometry)
