@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import types
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -14,25 +11,16 @@ import numpy as np
 import pytest
 
 from lora_jax import adapters as adapters_lib
-from lora_jax import api
-from lora_jax import errors
 from lora_jax import trees
-from lora_jax.adapters import registry
 from lora_jax.adapters import xlora
 from lora_jax.adapters import xlora_classifier
-from lora_jax.data import dataset
-from lora_jax.data import templates
-from lora_jax.evaluate import generate
-from lora_jax.export import hf as hf_export
-from lora_jax.export import peft as peft_export
 from lora_jax.models import cache as cache_lib
 from lora_jax.models import decoder
 from lora_jax.train import loop
 from lora_jax.train import optim
-from lora_jax.train import step as step_lib
 from tests import tiny
 from tests.adapters import contract
-from tests.adapters import with_peft
+from tests.adapters import passes
 
 CONFIG = contract.CONFIG
 B, T, D, C, N, K, I, O, R = 2, 3, 6, 5, 2, 3, 5, 4, 2
@@ -209,13 +197,6 @@ def rows(*lengths):
       at < np.asarray(lengths)[:, None]).astype(np.int32)
 
 
-@jax.jit
-def cached(base, tree, tokens, positions, segments, cache):
-  hidden, cache = decoder.forward(
-      CONFIG, base, tree, tokens, positions, segments, cache=cache)
-  return decoder.unembed(CONFIG, base, tree, hidden), cache
-
-
 def test_a_cache_of_both_passes_gives_what_whole_rows_do():
   """Rows of unequal length, by a prompt and then by token; one that stops;
   a cache that grows."""
@@ -225,7 +206,7 @@ def test_a_cache_of_both_passes_gives_what_whole_rows_do():
   whole = np.asarray(tiny.logits(
       CONFIG, base, tokens, at, np.ones_like(at), tree))
   cache = cache_lib.init_cache(CONFIG, 3, 10, guided=True)
-  found, cache = cached(
+  found, cache = passes.cached(
       base, tree, tokens[:, :7], positions, segments, cache)
   lengths = np.asarray([7, 3, 5])
   for i, n in enumerate(lengths):
@@ -236,7 +217,7 @@ def test_a_cache_of_both_passes_gives_what_whole_rows_do():
     place = lengths[:, None] + step
     alive = np.ones_like(place)
     alive[2] = step < 3
-    found, cache = cached(
+    found, cache = passes.cached(
         base, tree, np.take_along_axis(tokens, place, 1), place, alive, cache)
     for i in np.flatnonzero(alive):
       assert tiny.distance(found[i, 0], whole[i, place[i, 0]]) < 2e-5
@@ -256,25 +237,7 @@ def test_a_cache_without_a_first_pass_is_refused():
 
 
 def test_generation_is_what_whole_passes_give():
-  base, tree = model()
-  prompts = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5]]
-  config = dataclasses.replace(CONFIG, max_position=64)
-  found = generate.generate(config, base, tree, prompts, max_new_tokens=9)
-  for row, new in zip(prompts, found):
-    tokens = np.asarray([row + new], np.int32)
-    at = np.arange(tokens.shape[1], dtype=np.int32)[None]
-    logits = tiny.logits(CONFIG, base, tokens, at, np.ones_like(at), tree)
-    assert np.argmax(logits[0, len(row) - 1:-1], -1).tolist() == new
-  assert found != generate.generate(
-      config, base, None, prompts, max_new_tokens=9)
-
-
-@functools.partial(jax.jit, static_argnames=("remat", "tiles", "noise"))
-def gradient(tree, base, data, remat="none", tiles=1, noise=False):
-  trainable, frozen = adapters_lib.split(tree)
-  return step_lib.loss_and_grads(
-      trainable, frozen, base, data, jax.random.key(0), model=CONFIG,
-      settings=step_lib.Settings(remat=remat, mlp_tiles=tiles, noise=noise))
+  passes.check_generation(*model())
 
 
 # Each is a program of its own to compile: one is enough where all are tested.
@@ -285,23 +248,10 @@ def gradient(tree, base, data, remat="none", tiles=1, noise=False):
 @pytest.mark.parametrize("noise", [
     pytest.param(False, marks=pytest.mark.slow), True])
 def test_gradients_do_not_depend_on_how_they_are_computed(how, noise):
-  """On what is kept, tiles of tokens, the order of rows and micro-batches;
-  with dropout in the classifier and of the experts, too."""
+  """With dropout in the classifier and of the experts, too."""
   base, tree = model(dropout=0.5)
-  tree = adapters_lib.with_rate(tree, 0.3)
-  data = contract.batch()
-  value, grads = gradient(
-      tree, base, contract.stacked(data), noise=noise)
-  micro = jax.tree.map(lambda x: x[::-1, None], data)
-  other, others = gradient(tree, base, micro, noise=noise, **how)
-  np.testing.assert_allclose(other, value, rtol=2e-6)
-  paths = trees.paths(others)
-  for path, leaf in trees.paths(grads).items():
-    assert np.abs(leaf).max() > 0, path
-    assert tiny.distance(paths[path], leaf) < 2e-5, path
-  if noise:
-    plain, _ = gradient(tree, base, contract.stacked(data))
-    assert abs(plain - value) > 1e-3
+  passes.check_gradients(
+      base, adapters_lib.with_rate(tree, 0.3), noise, **how)
 
 
 def test_the_first_pass_has_no_gradient():
@@ -340,7 +290,7 @@ def test_the_first_pass_has_no_gradient():
 def test_a_gradient_of_the_classifier_by_differences():
   base, tree = model()
   data = contract.batch()
-  _, grads = gradient(tree, base, contract.stacked(data))
+  _, grads = passes.gradient(tree, base, contract.stacked(data))
   values = np.asarray(grads.shared.w_out)
   at = np.unravel_index(np.abs(values).argmax(), values.shape)
   losses = []
@@ -348,7 +298,8 @@ def test_a_gradient_of_the_classifier_by_differences():
     w = tree.shared.w_out.at[at].add(sign * 1e-2)
     moved = dataclasses.replace(
         tree, shared=dataclasses.replace(tree.shared, w_out=w))
-    losses.append(float(gradient(moved, base, contract.stacked(data))[0]))
+    value, _ = passes.gradient(moved, base, contract.stacked(data))
+    losses.append(float(value))
   slope = (losses[0] - losses[1]) / 2e-2
   assert abs(slope - values[at]) < 0.02 * abs(values[at])
 
@@ -359,7 +310,7 @@ def test_frozen_experts_are_not_trained():
       name: dataclasses.replace(one, b=draw(*one.b.shape))
       for name, one in tree.layers.items()})
   assert adapters_lib.trainable_size(tree) == (33 * 8 + 9 * 3 * 9)
-  _, grads = gradient(tree, base, contract.stacked(contract.batch()))
+  _, grads = passes.gradient(tree, base, contract.stacked(contract.batch()))
   found = trees.paths(grads)
   assert set(found) == {
       f"shared.{name}" for name in ("w_in", "b_in", "w_out", "b_out")}
@@ -369,14 +320,7 @@ def test_frozen_experts_are_not_trained():
 
 def test_a_run_is_saved_and_read(tmp_path):
   """Trained with dropout in the classifier, packed; generated from."""
-  whole = api.Model(
-      config=dataclasses.replace(CONFIG, max_position=64),
-      base=contract.quantised("none"),
-      tokenizer=types.SimpleNamespace(chat_template=None, eos_token_id=0),
-      fingerprint="0" * 64, source="tiny")
-  rows = dataset.of([templates.Encoded(
-      tokens=np.arange(n, dtype=np.int32), weights=np.ones(n, np.float32))
-                     for n in (9, 5, 7)])
+  whole, rows = passes.whole()
   fields = dict(method="xlora", rank=2, targets="q_proj,up_proj")
   options = {"experts": 2, "depth": 2, "size": 8}
   model = whole.adapt(options=options, **fields)
@@ -395,247 +339,3 @@ def test_a_run_is_saved_and_read(tmp_path):
   assert (back.adapters.layers["q_proj"].rates == np.float32(0.1)).all()
   assert back.generate([[1, 2, 3]], max_new_tokens=4) == model.generate(
       [[1, 2, 3]], max_new_tokens=4)
-
-
-# --- folders
-
-BLOCK = adapters_lib.AdapterConfig(
-    method="xlora", rank=4, alpha=8.0, targets="q_proj,up_proj,down_proj",
-    rank_pattern={"layers.1.mlp.up_proj": 2})
-VARIANTS = {
-    "depth 1": {"depth": 1},
-    "depth 2": {"depth": 2, "dropout": 0.0, "temperature": 0.5},
-    "layerwise": {"depth": 3, "layerwise": True, "weight": 1.5},
-    "top": {"depth": 2, "top": 2, "layerwise": True},
-    "softmax of top": {"softmax": False, "softmax_top": True, "top": 2},
-    "two softmaxes": {"softmax_top": True, "top": 2},
-}
-
-
-def block(**options):
-  return registry.checked(dataclasses.replace(
-      BLOCK, options={"experts": 3, "size": 8} | options))
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_peft_computes_the_same(name, tmp_path):
-  with_peft.check(block(**VARIANTS[name]), tmp_path)
-
-
-def lora_folder(folder, seed, **config):
-  """A LoRA that PEFT has made, with random values."""
-  import peft
-  import torch
-
-  model = peft.get_peft_model(with_peft.torch_model(), peft.LoraConfig(
-      task_type="CAUSAL_LM", **config))
-  torch.manual_seed(seed)
-  with torch.no_grad():
-    for name, value in model.named_parameters():
-      if "lora_" in name:
-        value.copy_(0.3 * torch.randn_like(value))
-  model.save_pretrained(str(folder))
-
-
-def theirs(paths, **config):
-  """PEFT's X-LoRA of these folders, with a classifier that matters."""
-  import peft
-  import torch
-
-  with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    model = peft.get_peft_model(with_peft.torch_model(), peft.XLoraConfig(
-        task_type="CAUSAL_LM", hidden_size=32,
-        adapters={str(n): str(p) for n, p in enumerate(paths)}, **config))
-  torch.manual_seed(5)
-  with torch.no_grad():
-    for value in model.base_model.internal_xlora_classifier.parameters():
-      value += 0.5 * torch.randn_like(value)
-  return model.eval()
-
-
-@pytest.fixture
-def folders(tmp_path):
-  pytest.importorskip("peft")
-  lora_folder(tmp_path / "e0", 0, r=4, lora_alpha=8, target_modules=[
-      "q_proj", "up_proj"], lora_dropout=0.1)
-  lora_folder(tmp_path / "e1", 1, r=2, lora_alpha=3, use_rslora=True,
-              target_modules=["down_proj", "q_proj"],
-              rank_pattern={"layers.1.self_attn.q_proj": 3},
-              alpha_pattern={"layers.0.mlp.down_proj": 5})
-  return [tmp_path / "e0", tmp_path / "e1"]
-
-
-@pytest.mark.parametrize("trainable", [False, True])
-def test_experts_that_peft_has_made(trainable, folders, tmp_path):
-  """Of different ranks, scales and modules; frozen ones stay where they are,
-  trained ones are ours to save. Saved again, and moved, they are the same."""
-  model = theirs(
-      folders, layerwise_scalings=True, use_trainable_adapters=trainable)
-  expected = tiny.torch_logits(model, with_peft.TOKENS)
-  model.peft_config["default"].use_trainable_adapters = False
-  with_peft.save(model, tmp_path / "a")
-  config = json.loads((tmp_path / "a" / peft_export.CONFIG).read_text())
-  config["use_trainable_adapters"] = trainable
-  (tmp_path / "a" / peft_export.CONFIG).write_text(json.dumps(config))
-  loaded = with_peft.read(tmp_path / "a")
-  assert tiny.distance(with_peft.logits(loaded.adapters), expected) < 2e-5
-  assert tiny.distance(with_peft.logits(None), expected) > 1e-2
-  assert loaded.config.method == "xlora" and loaded.config.rank == 4
-  assert loaded.config.options.trainable is trainable
-  assert loaded.config.dropout == np.float32(0.1)
-  assert [type(one) for one in loaded.adapters.layers.values()] == [
-      xlora.Experts if trainable else xlora.FrozenExperts] * 3
-  e = loaded.adapters.layers["q_proj"]
-  np.testing.assert_array_equal(e.ranks, [[4, 2], [4, 3], [4, 2]])
-  np.testing.assert_allclose(e.scales[1], [2, 3 / 3 ** 0.5], rtol=1e-6)
-  np.testing.assert_allclose(e.rates[1], [0.1, 0])
-  e = loaded.adapters.layers["down_proj"]
-  np.testing.assert_array_equal(e.ranks, [[0, 2]] * 3)
-  np.testing.assert_allclose(
-      e.scales[:, 1], np.asarray([5, 3, 3]) / 2 ** 0.5, rtol=1e-6)
-
-  def write(name, one):
-    peft_export.write(tmp_path / name, one.adapters, one.peft_config,
-                      with_peft.PATHS)
-    return {str(p.relative_to(tmp_path / name)): p.read_bytes()
-            for p in sorted((tmp_path / name).rglob("*")) if p.is_file()}
-
-  first = write("b", loaded)
-  inside = {f"{n}/{f}" for n in (0, 1) for f in (
-      peft_export.CONFIG, peft_export.WEIGHTS)}
-  assert set(first) == {peft_export.CONFIG, peft_export.WEIGHTS} | (
-      inside if trainable else set())
-  (tmp_path / "b").rename(tmp_path / "elsewhere")
-  back = with_peft.read(tmp_path / "elsewhere")
-  assert write("c", back) == first
-  np.testing.assert_array_equal(
-      with_peft.logits(back.adapters), with_peft.logits(loaded.adapters))
-
-
-def test_relative_paths_are_in_the_folder_or_here(
-    folders, tmp_path, monkeypatch):
-  model = theirs(folders)
-  expected = tiny.torch_logits(model, with_peft.TOKENS)
-  model.peft_config["default"].adapters = {"0": "e0", "1": "e1"}
-  with_peft.save(model, tmp_path / "a")
-  with pytest.raises(errors.UserError, match="adapters names e0, which is no"):
-    with_peft.read(tmp_path / "a")
-  monkeypatch.chdir(tmp_path)  # As PEFT finds them.
-  loaded = with_peft.read(tmp_path / "a")
-  assert tiny.distance(with_peft.logits(loaded.adapters), expected) < 2e-5
-  peft_export.write(
-      tmp_path / "b", loaded.adapters, loaded.peft_config, with_peft.PATHS)
-  monkeypatch.chdir("/")
-  back = with_peft.read(tmp_path / "b")
-  assert back.peft_config["adapters"] == {"0": "e0", "1": "e1"}
-  assert tiny.distance(with_peft.logits(back.adapters), expected) < 2e-5
-
-
-def test_experts_are_counted_not_sorted(tmp_path):
-  """Eleven, whose names PEFT sorts as text; others stand as they do."""
-  tree = with_peft.build(block(experts=11))
-  with_peft.write(tmp_path / "a", block(experts=11), tree)
-  place = tmp_path / "a" / peft_export.CONFIG
-  config = json.loads(place.read_text())
-  place.write_text(json.dumps(config, sort_keys=True))
-  assert list(json.loads(place.read_text())["adapters"])[:3] == ["0", "1", "10"]
-  first = with_peft.logits(with_peft.read(tmp_path / "a").adapters)
-  np.testing.assert_array_equal(first, with_peft.logits(tree))
-  names = {f"{chr(ord('z') - n)}": str(n) for n in range(11)}
-  place.write_text(json.dumps(config | {"adapters": names}))
-  np.testing.assert_array_equal(
-      with_peft.logits(with_peft.read(tmp_path / "a").adapters), first)
-
-
-def test_what_peft_saves(folders, tmp_path):
-  """PEFT 0.21.2 takes layers of a number for an expert's of that name: its
-  folder has no classifier, which PEFT then draws anew. We say so."""
-  import peft
-  import torch
-
-  model = theirs(folders)
-  expected = tiny.torch_logits(model, with_peft.TOKENS)
-  model.save_pretrained(str(tmp_path / "a"))
-  assert not with_peft.tensors(tmp_path / "a")
-  torch.manual_seed(0)
-  with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    again = peft.PeftModel.from_pretrained(
-        with_peft.torch_model(), str(tmp_path / "a")).eval()
-  assert tiny.distance(
-      tiny.torch_logits(again, with_peft.TOKENS), expected) > 1e-3
-  with pytest.raises(errors.UserError, match="leaves the classifier out"):
-    with_peft.read(tmp_path / "a")
-  # What the error tells to do.
-  import safetensors.torch
-
-  safetensors.torch.save_file(
-      {k: v for k, v in model.state_dict().items()
-       if "internal_xlora_classifier" in k},
-      tmp_path / "a" / peft_export.WEIGHTS)
-  loaded = with_peft.read(tmp_path / "a")
-  assert tiny.distance(with_peft.logits(loaded.adapters), expected) < 2e-5
-
-
-# --- what cannot be
-
-
-def test_it_is_no_weight():
-  base, tree = model()
-  _, tensors = hf_export.merged(CONFIG, base, tree)
-  with pytest.raises(errors.UserError, match="use --format=peft"):
-    list(tensors)
-
-
-@pytest.mark.parametrize("first", ["lora", "xlora"])
-def test_it_stands_alone(first):
-  pair = [contract.block(name, targets="q_proj", rank_pattern={})
-          for name in sorted(("lora", "xlora"), key=lambda n: n != first)]
-  with pytest.raises(errors.UserError, match="xlora looks at the model"):
-    adapters_lib.build(
-        jax.random.key(0), pair, contract.quantised("none"),
-        tiny.paths(CONFIG), geometry=contract.GEOMETRY)
-
-
-def test_the_head_is_not_its_own():
-  with pytest.raises(errors.UsageError, match='"lm_head" stands behind'):
-    adapters_lib.build(
-        jax.random.key(0), contract.block(
-            "xlora", targets="q_proj,lm_head", rank_pattern={}),
-        contract.quantised("none"), tiny.paths(CONFIG),
-        geometry=contract.GEOMETRY)
-
-
-@pytest.mark.parametrize("options, message", [
-    ({"experts": 0}, "adapter.options.experts=0 is out of range"),
-    ({"experts": 3, "top": 4}, "adapter.options.top=4 is out of range"),
-    ({"depth": 0}, "adapter.options.depth=0 is out of range"),
-    ({"temperature": 0.0}, "adapter.options.temperature=0.0 is out of range"),
-    ({"dropout": 1.0}, "adapter.options.dropout=1.0 is out of range"),
-])
-def test_options_that_cannot_be(options, message):
-  with pytest.raises(errors.UsageError, match=message):
-    adapters_lib.METHODS["xlora"].options(**options).validate()
-
-
-def test_a_folder_that_cannot_be(folders, tmp_path):
-  tree = with_peft.build(block(depth=2))
-  with_peft.write(tmp_path / "a", block(depth=2), tree)
-  place = tmp_path / "a" / peft_export.CONFIG
-  config = json.loads(place.read_text())
-
-  def read(**fields):
-    place.write_text(json.dumps(config | fields))
-    return with_peft.read(tmp_path / "a")
-
-  with pytest.raises(errors.UserError, match="is not what this method has"):
-    read(xlora_depth=3)
-  with pytest.raises(errors.UserError, match="the classifier is not of"):
-    read(xlora_size=7)
-  with pytest.raises(errors.UserError, match=r"pass_value=0\.5 gives"):
-    read(scaling_pass_value=0.5)
-  lora_folder(tmp_path / "dora", 0, target_modules=["q_proj"], use_dora=True)
-  with pytest.raises(errors.UserError, match="one is dora of these"):
-    read(adapters={"0": str(tmp_path / "dora"), "1": "1", "2": "2"})
-  read()
