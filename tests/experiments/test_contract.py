@@ -37,7 +37,8 @@ def test_every_file_is_there(finished):
   names = {p.name for p in folder.iterdir()}
   assert names == {
       "config.json", "environment.json", "inputs.json", "metrics.jsonl",
-      "samples.md", "checkpoints", "adapter", "summary.json", "loss.png", "evals"}
+      "samples.md", "checkpoints", "adapter", "summary.json", "loss.png",
+      "evals"}
   assert (folder / "loss.png").read_bytes().startswith(PNG)
   assert {p.name for p in (folder / "adapter").iterdir()} == {
       "adapter_config.json", "adapter_model.safetensors"}
