@@ -63,6 +63,11 @@ def get_config() -> config_dict.ConfigDict:
   config.data.eval_path = ""
   config.data.eval_rows = 100
   config.data.eval_max_length = 512
+  # Rows of something else, whose loss is told before and after training: what
+  # was forgotten.
+  config.data.watch_path = ""
+  config.data.watch_format = "auto"
+  config.data.watch_rows = 100
 
   config.train = c()
   config.train.steps = 100
@@ -73,6 +78,8 @@ def get_config() -> config_dict.ConfigDict:
   config.train.checkpoint_every = 0  # 0: at the end
   config.train.patience = 0  # evaluations without a best; 0 is off
   config.train.keep = 2  # newest checkpoints kept, beside the best
+  # Noise on the embeddings while training (NEFTune), 5 to 15; 0 is off.
+  config.train.neftune_noise_alpha = 0.0
   config.train.samples = 3  # prompts of held-out rows to answer
   config.train.sample_tokens = 64
 

@@ -51,16 +51,19 @@ def cross(*parts: Mapping[str, Sequence[Any]] | Cells) -> Cells:
 
 def better(
     text: str, arm: Mapping[str, Any], than: Mapping[str, Any],
-    by: float = 0.0) -> dict[str, Any]:
+    by: float = 0.0, of: str = "held_out", times: float = 1.0,
+) -> dict[str, Any]:
   """The claim that an arm's held-out loss is lower than another's.
 
   Args:
     text: what is claimed.
     arm, than: fields that tell the two from the others.
     by: nats a token.
+    of: in its place "watched": how much the loss of data.watch_path rose.
+    times: what the other's is multiplied by: 0.5 for "no more than half".
   """
   return {"text": text, "kind": "better", "arm": dict(arm), "than": dict(than),
-          "by": by}
+          "by": by, "of": of, "times": times}
 
 
 def same(

@@ -235,7 +235,8 @@ def check(config: Config) -> None:
                 attention.CHOICES)
   for block, name, least in (
       ("data", "max_length", 2), ("data", "eval_max_length", 2),
-      ("data", "rows", 0), ("data", "eval_rows", 0), ("train", "samples", 0),
+      ("data", "rows", 0), ("data", "eval_rows", 0),
+      ("data", "watch_rows", 0), ("train", "samples", 0),
       ("train", "sample_tokens", 1)):
     value = config[block][name]
     if value < least:

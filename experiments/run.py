@@ -30,6 +30,7 @@ from experiments import cli
 from experiments import report
 from experiments import reproduce
 from experiments import rows as rows_lib
+from experiments import watched
 from lora_jax import api
 from lora_jax import errors
 from lora_jax import processes
@@ -171,6 +172,7 @@ def prepare(
         "block only dropout counts")
   else:
     model = _adapted(model, rows, config, folder, donate)
+  watch = watched.begin(model, config, folder)
   asked = rows_lib.prompts(
       model, examples, config["data"]["system"], config["train"]["samples"])
 
@@ -190,10 +192,12 @@ def prepare(
   def finished(trained, outcome, together=1):
     if held_out is None:
       save(trained)
+    seen = watch(trained)
     if not processes.writes():
       return {}
     return finish(
-        trained, outcome, folder, [a[1:] for a in asked], together)
+        trained, outcome, folder, [a[1:] for a in asked],
+        {"together": together} | seen)
 
   return Ready(training_lib.prepare(
       model, rows, held_out, workdir=folder, config=blocks.train(config),
@@ -226,10 +230,10 @@ def _adapted(model, rows, config, folder, donate):
 
 def finish(
     model: api.Model, outcome: loop.Outcome, folder: pathlib.Path,
-    prompts: list[tuple[str, str]], together: int = 1
+    prompts: list[tuple[str, str]], more: dict[str, Any]
 ) -> dict[str, Any]:
-  """Writes and prints the result; `together`: runs that shared its steps."""
-  found = report.summary(model, outcome, folder) | {"together": together}
+  """Writes and prints the result; `more`: further fields of the summary."""
+  found = report.summary(model, outcome, folder) | more
   workdir_lib.write_json(folder / "summary.json", found)
   workdir_lib.write_bytes(
       folder / "samples.md",
@@ -242,6 +246,11 @@ def finish(
           f"{found['eval_loss_change']:+.4f}, 95% interval [{low:+.4f}, "
           f"{high:+.4f}] over {found['eval_rows']} rows; perplexity "
           f"{found['perplexity']:.2f}")
+  if "watched_change" in found:
+    low, high = found["watched_change_95"]
+    print(f"watched rows {found['watched_before']:.4f} -> "
+          f"{found['watched_after']:.4f} nats a token: "
+          f"{found['watched_change']:+.4f} [{low:+.4f}, {high:+.4f}]")
   if "advice" in found:
     print(found["advice"])
   if found["peak_device_bytes"]:

@@ -16,7 +16,8 @@ from experiments.table import results
 from lora_jax.evaluate import statistics
 
 COLUMNS = ("arm", "tuned to", "held-out loss", "95% interval", "less baseline",
-           "95% interval of that", "p (Holm)", "parameters", "tok/s", "seeds")
+           "95% interval of that", "p (Holm)", "watched", "parameters", "tok/s",
+           "seeds")
 
 
 def rows(
@@ -33,6 +34,8 @@ def rows(
     tuned = ", ".join(f"{k.rpartition('.')[2]}={v:g}" for k, v in
                       arm.chosen.items()) + ("*" if arm.edge else "")
     mixed = any(run.commit != main_commit for run in arm.runs)
+    watched = arm.loss("watched") if all(
+        run.watched is not None for run in arm.runs) else None
     size, speed = arm.mean("trainable_parameters"), arm.mean("tokens_per_s")
     found.append([
         arm.name + (" †" if mixed else ""), tuned, f"{loss.value:.4f}",
@@ -40,9 +43,19 @@ def rows(
         "" if difference is None else f"{difference.value:+.4f}",
         "" if difference is None else _interval(difference, "+"),
         "" if difference is None else f"{adjusted[arm.name]:.3g}",
+        "" if watched is None else
+        f"{watched.value:+.4f} {_interval(watched, '+')}",
         "" if size is None else f"{size:,.0f}",
         "" if speed is None else f"{speed:,.0f}", str(len(arm.runs))])
   return found
+
+
+def shown(table: Sequence[Sequence[str]]) -> tuple[
+    tuple[str, ...], list[list[str]]]:
+  """Columns that hold something, and their cells."""
+  kept = [i for i in range(len(COLUMNS)) if any(row[i] for row in table)]
+  return (tuple(COLUMNS[i] for i in kept),
+          [[row[i] for i in kept] for row in table])
 
 
 def _interval(samples: statistics.Samples, sign: str = "") -> str:
@@ -65,6 +78,7 @@ def header(study: cells_lib.Study, found: Sequence[results.Run],
       f"to {together} side by side, {seconds:.0f} s in all. Loss: nats a token "
       "of the half of the held-out rows on which nothing was chosen; "
       "tok/s: of one cell, whose steps others may share; "
+      "watched: how much the loss of data.watch_path rose; "
       "intervals: bootstrap over seeds and rows; p: of no difference from the "
       "baseline, for all arms together (Holm)."]
 
@@ -76,9 +90,10 @@ def markdown(title, lines, table, judged, pictures, text) -> str:
     parts += ["## Claims", "", "| claim | verdict | numbers |", "|---|---|---|",
               *(f"| {v.text} | **{v.verdict}** | {v.numbers} |"
                 for v in judged), ""]
-  parts += ["## Arms", "", f"| {' | '.join(COLUMNS)} |",
-            "|" + "---|" * len(COLUMNS),
-            *(f"| {' | '.join(row)} |" for row in table), "",
+  columns, cells = shown(table)
+  parts += ["## Arms", "", f"| {' | '.join(columns)} |",
+            "|" + "---|" * len(columns),
+            *(f"| {' | '.join(row)} |" for row in cells), "",
             "\\* at the edge of what was tried. † has cells of another "
             "commit.", ""]
   parts += [f"![{p.stem}]({p.name})\n" for p in pictures]
@@ -119,9 +134,10 @@ def page(title, lines, table, judged, pictures, text) -> str:
     body += [f"<tr>{cell(v.text)}<td class='{v.verdict}'>{v.verdict}</td>"
              f"{cell(v.numbers)}</tr>" for v in judged]
     body.append("</table>")
+  columns, cells = shown(table)
   body.append("<h2>Arms</h2><table><tr>" + "".join(
-      cell(c, "th") for c in COLUMNS) + "</tr>")
-  body += ["<tr>" + "".join(map(cell, row)) + "</tr>" for row in table]
+      cell(c, "th") for c in columns) + "</tr>")
+  body += ["<tr>" + "".join(map(cell, row)) + "</tr>" for row in cells]
   body.append("</table>")
   for picture in pictures:
     data = base64.b64encode(picture.read_bytes()).decode()

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments import watched as watched_lib
 from experiments.sweep import cells as cells_lib
 from lora_jax import errors
 from lora_jax.evaluate import statistics
@@ -31,6 +32,8 @@ class Run:
     summary: `summary.json`.
     commit: of its code.
     nll, weight: `[n]` of the held-out rows at its end.
+    watched: `[m]` more nats of each watched row than before training, and its
+      tokens; None if nothing was watched.
   """
 
   cell: cells_lib.Cell
@@ -38,10 +41,27 @@ class Run:
   commit: str | None
   nll: np.ndarray
   weight: np.ndarray
+  watched: tuple[np.ndarray, np.ndarray] | None = None
 
   def half(self, which: int) -> tuple[np.ndarray, np.ndarray]:
     """Every second row, from row `which` on."""
     return self.nll[which::2], self.weight[which::2]
+
+  def of(self, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Sums and weights of rows: `held_out`, of the half that nothing was
+    chosen on, or `watched`.
+
+    Raises:
+      errors.UserError: if nothing was watched.
+    """
+    errors.choose("claim of", what, dict.fromkeys(("held_out", "watched")))
+    if what == "held_out":
+      return self.half(1)
+    if self.watched is None:
+      raise errors.UserError(
+          f"{self.cell.name}: no {watched_lib.FILE}; set data.watch_path in "
+          "the study")
+    return self.watched
 
   @property
   def seed(self) -> Any:
@@ -66,12 +86,14 @@ class Arm:
   chosen: Mapping[str, Any]
   edge: bool
 
-  def loss(self) -> statistics.Samples:
-    """Nats a token of the half that nothing was chosen on."""
-    return statistics.over_seeds([run.half(1) for run in self.runs])
+  def loss(self, of: str = "held_out") -> statistics.Samples:
+    """Nats a token; see `Run.of`."""
+    return statistics.over_seeds([run.of(of) for run in self.runs])
 
-  def less(self, other: Arm) -> statistics.Samples:
-    """This arm's loss less another's, paired by seed and row.
+  def less(
+      self, other: Arm, of: str = "held_out", times: float = 1.0
+  ) -> statistics.Samples:
+    """This arm's loss less `times` another's, paired by seed and row.
 
     Raises:
       errors.UserError: if they have no seed in common.
@@ -80,8 +102,8 @@ class Arm:
     pairs = []
     for run in self.runs:
       if run.seed in theirs:
-        (a, weight), (b, _) = run.half(1), theirs[run.seed].half(1)
-        pairs.append((a - b, weight))
+        (a, weight), (b, _) = run.of(of), theirs[run.seed].of(of)
+        pairs.append((a - times * b, weight))
     if not pairs:
       raise errors.UserError(
           f"{self.name} and {other.name} have no seed in common; run the "
@@ -130,8 +152,18 @@ def runs(cells: Sequence[cells_lib.Cell]) -> list[Run]:
     environment = workdir_lib.read_json(cell.folder / "environment.json") or {}
     found.append(Run(
         cell, summary, environment.get("git_commit"),
-        np.asarray(rows["nll"]), np.asarray(rows["weight"])))
+        np.asarray(rows["nll"]), np.asarray(rows["weight"]),
+        _watched(cell.folder)))
   return found
+
+
+def _watched(folder):
+  found = workdir_lib.read_json(folder / watched_lib.FILE)
+  if found is None:
+    return None
+  before, after, weight = (
+      np.asarray(found[k]) for k in ("before", "after", "weight"))
+  return after - before, weight
 
 
 def check_commits(found: Sequence[Run], mix: bool) -> None:

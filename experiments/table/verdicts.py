@@ -1,7 +1,9 @@
 """What a study's claims came to.
 
-  better  the arm's loss is lower than another's by more than `by`
+  better  the arm's loss is lower than `times` another's by more than `by`
   same    the two differ by no more than `within`
+
+The loss is that of held-out rows, or, `of` watched rows, how much theirs rose.
 
 "better" holds if the 95% interval of the difference is below -by, and is
 refuted if it is above. "same" holds if the 90% interval is within the margin:
@@ -47,7 +49,9 @@ def judge(
       found.append(Verdict(claim["text"], OPEN, "its arms are not there"))
     else:
       found.append(Verdict(
-          claim["text"], *rule(claim, arm.less(than), arm, than)))
+          claim["text"], *rule(claim, arm.less(
+              than, claim.get("of", "held_out"), claim.get("times", 1.0)),
+                               arm, than)))
   return found
 
 
@@ -56,7 +60,9 @@ def _better(claim, difference, arm, than):
   low, high = difference.interval()
   verdict = (HELD if high < -by else REFUTED if low > -by else UNDECIDED)
   wanted = f"below {-by:+g}" if by else "below 0"
-  return verdict, _text(arm, than, difference, (low, high), "95%", wanted)
+  return verdict, _text(
+      arm, than, difference, (low, high), "95%", wanted,
+      claim.get("times", 1.0))
 
 
 def _same(claim, difference, arm, than):
@@ -75,10 +81,12 @@ def _same(claim, difference, arm, than):
 
 def _text(
     arm: results.Arm, than: results.Arm, difference: statistics.Samples,
-    interval: tuple[float, float], level: str, wanted: str) -> str:
+    interval: tuple[float, float], level: str, wanted: str,
+    times: float = 1.0) -> str:
   low, high = interval
-  return (f"{arm.name} less {than.name}: {difference.value:+.4f}, {level} "
-          f"[{low:+.4f}, {high:+.4f}], wanted {wanted}; "
+  share = "" if times == 1 else f"{times:g} of "
+  return (f"{arm.name} less {share}{than.name}: {difference.value:+.4f}, "
+          f"{level} [{low:+.4f}, {high:+.4f}], wanted {wanted}; "
           f"{len(arm.runs)} seed{'s' * (len(arm.runs) > 1)}")
 
 

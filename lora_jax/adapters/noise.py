@@ -24,11 +24,13 @@ class Noise:
     key: PRNG key, already folded with the step.
     example_ids: `[b, t]` int32.
     positions: `[b, t]` int32.
+    neftune: static; alpha of the noise on embeddings, 0 for none.
   """
 
   key: jax.Array
   example_ids: types.Array
   positions: types.Array
+  neftune: float = struct.field(pytree_node=False, default=0.0)
 
   def at_layer(self, layer: types.Array) -> Noise:
     return dataclasses.replace(
@@ -49,6 +51,11 @@ class Noise:
     """N(0, 1), in the shape and type of `x [b, t, i]`."""
     return self.for_target("normal")._drawn(jax.random.normal, x).astype(
         x.dtype)
+
+  def uniform(self, x: types.Array) -> types.Array:
+    """U(-1, 1), float32, in the shape of `x [b, t, i]`."""
+    return self.for_target("uniform")._drawn(
+        lambda key, shape: jax.random.uniform(key, shape, minval=-1.0), x)
 
   def logistic(self, x: types.Array) -> types.Array:
     """Logistic(0, 1), in the shape and type of `x [b, t, i]`."""

@@ -15,7 +15,7 @@ from lora_jax.train import step as step_lib
 def settings(
     model: Any, *, layout: str, steps: int, remat: str = "auto",
     optimizer: str = "adamw",
-    precision: precision_lib.Precision | None = None,
+    precision: precision_lib.Precision | None = None, neftune: float = 0.0,
 ) -> step_lib.Settings:
   """The static choices of a training step.
 
@@ -26,6 +26,7 @@ def settings(
     remat: what the backward pass keeps, a key of `models.remat.POLICIES`.
     optimizer: a key of `optim.OPTIMIZERS`.
     precision: how the state is stored.
+    neftune: alpha of the noise on embeddings.
 
   Raises:
     errors.UsageError: if the method's options do not fit the steps.
@@ -34,7 +35,7 @@ def settings(
   configs = _configs(model)
   return step_lib.Settings(
       dtype=model.dtype, remat=remat,
-      noise=any(
+      noise=neftune > 0 or any(
           config.dropout > 0 or registry.method(config.method).samples
           or getattr(config.options, "module_dropout", 0) > 0
           or getattr(config.options, "samples", False)
@@ -42,7 +43,7 @@ def settings(
       optim_dtype=precision.optim_dtype, optimizer=optimizer, mesh=model.mesh,
       frozen_matmul=precision.frozen_matmul,
       attention=model._attention(layout), offload=model.offload,
-      rules=rules.of_parts(configs, steps, model.adapters))
+      rules=rules.of_parts(configs, steps, model.adapters), neftune=neftune)
 
 
 def memory(

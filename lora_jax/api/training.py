@@ -99,7 +99,8 @@ def prepare(
 
   settings = model.settings(
       layout="packed" if packing else "single", steps=config.steps,
-      remat=remat, optimizer=optim.name, precision=precision)
+      remat=remat, optimizer=optim.name, precision=precision,
+      neftune=config.neftune_noise_alpha)
   evaluate = None if held_out is None else (
       lambda *now: at(*now).evaluate(held_out, batch_size=config.batch_size))
   task = loop.Task(

@@ -30,6 +30,7 @@ from lora_jax.kernels import attention as attention_lib
 from lora_jax.models import beside
 from lora_jax.models import cache as cache_lib
 from lora_jax.models import config as config_lib
+from lora_jax.models import embedding
 from lora_jax.models import frozen as frozen_lib
 from lora_jax.models import layers as layers_lib
 from lora_jax.models import rope
@@ -371,8 +372,9 @@ def forward(
   # Looked up where the parts of the table are, then exchanged: what is looked
   # up is less than the table.
   hidden = sharding.rows(
-      mesh, _embed(base, adapters, tokens, dtype, config.embed_scale),
-      "requests", None, "model")
+      mesh, embedding.embed(
+          base.embed_tokens, adapters, tokens, dtype, config.embed_scale,
+          noise, segment_ids), "requests", None, "model")
   carry = sharding.rows(mesh, hidden), state
   options: dict[str, Any] = dict(
       remat=remat, gathers=sharding.gathers(mesh), spill=spill)
@@ -443,25 +445,6 @@ def _trained(adapters):
   layers = getattr(adapters.overrides, "layers", None) or {}
   return {target for target, module in layers.items()
           if getattr(module, "weight", None) is not None}
-
-
-def _embed(base, adapters, tokens, dtype, scale=None):
-  adapter = adapters_lib.module(adapters, "embed_tokens", None)
-  prompt = adapters_lib.module(adapters, "prompt", None)
-  known = tokens if prompt is None else jnp.maximum(tokens, 0)
-  if adapter is not None:
-    found = adapter.lookup(known, base.embed_tokens).astype(dtype)
-  else:
-    # Rows first: casting the table would cost a second one.
-    found = jnp.take(base.embed_tokens, known, axis=0).astype(dtype)
-  if scale is not None:
-    # transformers rounds it too: 55.5 for sqrt(3072) in bfloat16.
-    found = found * jnp.asarray(scale, dtype)
-  if prompt is None:
-    return found
-  # Virtual tokens are numbered -1, -2, ..., and not scaled.
-  rows = jnp.take(prompt.virtual(), jnp.maximum(-1 - tokens, 0), axis=0)
-  return jnp.where((tokens < 0)[..., None], rows.astype(dtype), found)
 
 
 def _prefix_length(adapters) -> int:

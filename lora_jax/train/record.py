@@ -32,6 +32,7 @@ class TrainConfig:
     checkpoint_every: steps between checkpoints; 0 is at the end only.
     patience: evaluations without a new best before stopping early; 0 is off.
     keep: how many of the newest checkpoints are kept, beside the best.
+    neftune_noise_alpha: of NEFTune (arXiv 2310.05914; 5 to 15 there); 0 is off.
   """
 
   steps: int = 100
@@ -42,6 +43,7 @@ class TrainConfig:
   checkpoint_every: int = 0
   patience: int = 0
   keep: int = 2
+  neftune_noise_alpha: float = 0.0
 
   def validate(self) -> TrainConfig:
     """Returns itself; raises `errors.UsageError` on a bad value."""
@@ -53,6 +55,10 @@ class TrainConfig:
         raise errors.UsageError(
             f"train.{name}={value} is out of range; use an integer of at "
             f"least {least}")
+    if not 0 <= self.neftune_noise_alpha < math.inf:
+      raise errors.UsageError(
+          f"train.neftune_noise_alpha={self.neftune_noise_alpha} is out of "
+          "range; use 0 (off) or a positive number, e.g. 5")
     return self
 
   def due(self, every: int, number: int) -> bool:

@@ -68,6 +68,7 @@ class Settings:
     frozen_matmul: in what the layers' frozen weights are multiplied, a key of
       `quant.fp8.RECIPES`.
     rules: what methods add to training, `adapters.registry.rules`.
+    neftune: alpha of the noise on embeddings (`models.embedding`); 0 is off.
   """
 
   dtype: str = "float32"
@@ -81,6 +82,7 @@ class Settings:
   offload: tuple[str, ...] = ()
   frozen_matmul: str = "auto"
   rules: tuple[method_lib.Rule, ...] = ()
+  neftune: float = 0.0
 
 
 def init_state(
@@ -146,7 +148,8 @@ def weighted_sum(
   def noise(part):
     if not settings.noise:
       return None
-    return adapters.Noise(key, part.example_ids, part.positions)
+    return adapters.Noise(
+        key, part.example_ids, part.positions, settings.neftune)
 
   tree = adapters.join(params, frozen)
   rows = batch.tokens, batch.positions, batch.segment_ids

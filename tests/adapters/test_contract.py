@@ -18,6 +18,7 @@ from lora_jax.adapters import assemble
 from lora_jax.adapters import partition
 from lora_jax.adapters import registry
 from lora_jax.models import decoder
+from lora_jax.models import embedding
 from tests import tiny
 from tests.adapters import contract
 
@@ -143,7 +144,8 @@ def test_scan_computes_what_a_loop_does(method):
   context = decoder.Context(
       *cos_sin, data.positions, data.segment_ids, data.positions,
       data.segment_ids)
-  hidden = decoder._embed(whole, tree, data.tokens, jnp.float32)
+  hidden = embedding.embed(
+      whole.embed_tokens, tree, data.tokens, jnp.float32)
   layer = jax.jit(decoder.around, static_argnums=0)
   own = contract.told(base, tree, data)
   carry = hidden, contract.begun(base, tree, data)

@@ -21,6 +21,7 @@ from lora_jax.adapters import base as base_lib
 from lora_jax.adapters import rules
 from lora_jax.adapters import several
 from lora_jax.models import decoder
+from lora_jax.models import embedding
 from tests import tiny
 from tests.adapters import contract
 
@@ -74,7 +75,8 @@ def run(tree, ahead=None):
   context = decoder.Context(
       *tables, data.positions, data.segment_ids, data.positions,
       data.segment_ids)
-  hidden = decoder._embed(base, tree, data.tokens, jnp.float32)
+  hidden = embedding.embed(
+      base.embed_tokens, tree, data.tokens, jnp.float32)
   found, _ = decoder.layer(
       CONFIG, context, hidden, contract.one(base.layers, 0),
       {name: adapters_lib.module(tree, name, 0) for name in tree.layers})
