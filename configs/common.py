@@ -87,7 +87,9 @@ def get_config() -> config_dict.ConfigDict:
   # adamw, or adamw8bit: its moments in 2 bytes a parameter instead of 8.
   config.optim.name = "adamw"
   config.optim.learning_rate = 2e-4
-  config.optim.schedule = "cosine"  # linear constant wsd inverse_sqrt
+  # cosine linear constant wsd inverse_sqrt, or range: a range test, from
+  # final x the learning rate up to it (experiments/finder.py).
+  config.optim.schedule = "cosine"
   config.optim.warmup = 0.03  # steps, or a share of them below 1
   config.optim.weight_decay = 0.0
   config.optim.clip_norm = 1.0  # 0 is off

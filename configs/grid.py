@@ -66,6 +66,14 @@ def better(
           "by": by, "of": of, "times": times}
 
 
+def between(
+    text: str, arm: Mapping[str, Any], field: str, low: float, high: float,
+) -> dict[str, Any]:
+  """The claim that a number of an arm's summaries is in a range."""
+  return {"text": text, "kind": "between", "arm": dict(arm), "field": field,
+          "low": low, "high": high}
+
+
 def same(
     text: str, arm: Mapping[str, Any], than: Mapping[str, Any],
     within: float = 0.01) -> dict[str, Any]:

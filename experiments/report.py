@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from experiments import advice
+from experiments import finder
 from lora_jax import adapters as adapters_lib
 from lora_jax import api
 from lora_jax import quant
@@ -71,7 +72,7 @@ def summary(
         "perplexity": evals[-1]["perplexity"],
         "best_step": progress.best_step,
         "best_eval_loss": progress.best_loss,
-    } | advice.advice(lines, workdir.read_json(folder / "config.json"))
+    } | _advice(lines, workdir.read_json(folder / "config.json"))
   if model.parts:
     found["trainable_by_part"] = adapters_lib.several.sizes(
         model.adapters, list(model.parts))
@@ -90,6 +91,12 @@ def summary(
       # Predicted; None where nothing was asked.
       "step_device_bytes": outcome.plan and outcome.plan.need,
   }
+
+
+def _advice(lines, config):
+  if config and config["optim"]["schedule"] == "range":
+    return finder.advice(lines)
+  return advice.advice(lines, config)
 
 
 def samples(

@@ -59,7 +59,7 @@ def make(
   page.write(
       output, title=title, lines=page.header(study, found, environment),
       table=page.rows(arms, baseline, commit), judged=judged,
-      pictures=plots.draw(arms, found, output), text=text.strip())
+      pictures=plots.draw(arms, found, output), text=text.strip("\n"))
   left = len(study.cells) - len(found)
   for one in judged:
     print(f"{one.verdict:10} {one.text}: {one.numbers}")

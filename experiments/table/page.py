@@ -9,6 +9,7 @@ import html
 import io
 import pathlib
 import re
+import textwrap
 from typing import Any
 
 from experiments.sweep import cells as cells_lib
@@ -85,7 +86,7 @@ def header(study: cells_lib.Study, found: Sequence[results.Run],
 
 def markdown(title, lines, table, judged, pictures, text) -> str:
   """README.md of a folder of results."""
-  parts = [f"# {title}", "", *lines, "", text, ""]
+  parts = [f"# {title}", "", *lines, "", _fenced(text), ""]
   if judged:
     parts += ["## Claims", "", "| claim | verdict | numbers |", "|---|---|---|",
               *(f"| {v.text} | **{v.verdict}** | {v.numbers} |"
@@ -98,6 +99,13 @@ def markdown(title, lines, table, judged, pictures, text) -> str:
             "commit.", ""]
   parts += [f"![{p.stem}]({p.name})\n" for p in pictures]
   return "\n".join(parts)
+
+
+def _fenced(text: str) -> str:
+  """Indented lines, which are commands, as blocks of code."""
+  return re.sub(
+      r"(?m)^(?: +\S.*\n?)+",
+      lambda found: f"```sh\n{textwrap.dedent(found[0]).strip()}\n```\n", text)
 
 
 def comma_separated(table) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments import finder
 from experiments.table import results
 from lora_jax.train import workdir as workdir_lib
 
@@ -29,7 +30,8 @@ def draw(
 
   made = []
   for name, picture in (("curves", _curves), ("factor", _factor),
-                        ("map", _map), ("pareto", _pareto)):
+                        ("map", _map), ("pareto", _pareto),
+                        ("range", _range)):
     figure, axes = pyplot.subplots(figsize=(7.2, 4.6), layout="constrained")
     if picture(figure, axes, arms, found):
       made.append(folder / f"{name}.png")
@@ -152,6 +154,29 @@ def _pareto(figure, axes, arms, found):
            title="blue: nothing smaller is better", xscale="log")
   axes.margins(x=0.12)
   axes.grid(alpha=0.3)
+  return True
+
+
+def _range(figure, axes, arms, found):
+  """Smoothed training loss against the rate, of range tests."""
+  del figure, found
+  tests = [(arm, run) for arm in arms for run in arm.runs
+           if run.cell.config["optim"]["schedule"] == "range"]
+  colours = dict(zip((arm.name for arm in arms), _colours(len(arms)),
+                     strict=True))
+  for arm, run in tests:
+    rates, losses = finder.points(workdir_lib.read_metrics(
+        run.cell.folder / "metrics.jsonl"))
+    axes.plot(rates, losses, color=colours[arm.name], lw=1,
+              label=arm.name if run is arm.runs[0] else None)
+    axes.plot(rates[losses.argmin()], losses.min(), "o", ms=4,
+              color=colours[arm.name])
+  if not tests:
+    return False
+  axes.set(xlabel="learning rate", ylabel="training loss, smoothed",
+           title="range tests; points: the lowest loss", xscale="log")
+  axes.grid(alpha=0.3)
+  axes.legend(fontsize=8)
   return True
 
 

@@ -2,13 +2,15 @@
 
   better  the arm's loss is lower than `times` another's by more than `by`
   same    the two differ by no more than `within`
+  between a `field` of the arm's summaries is from `low` to `high`
 
 The loss is that of held-out rows, or, `of` watched rows, how much theirs rose.
 
 "better" holds if the 95% interval of the difference is below -by, and is
 refuted if it is above. "same" holds if the 90% interval is within the margin:
 two one-sided tests at 5% (Schuirmann 1987); it is refuted if the 95% interval
-is outside. Anything else is undecided.
+is outside. "between" holds if it does for all seeds, and is refuted if it does
+for none. Anything else is undecided.
 """
 
 from __future__ import annotations
@@ -44,18 +46,21 @@ def judge(
   found = []
   for claim in claims:
     rule = errors.choose("claim kind", claim["kind"], RULES)
-    arm, than = (results.arm_of(arms, claim[k]) for k in ("arm", "than"))
-    if arm is None or than is None:
+    its = [results.arm_of(arms, claim[k]) for k in ("arm", "than")
+           if k in claim]
+    if None in its:
       found.append(Verdict(claim["text"], OPEN, "its arms are not there"))
     else:
-      found.append(Verdict(
-          claim["text"], *rule(claim, arm.less(
-              than, claim.get("of", "held_out"), claim.get("times", 1.0)),
-                               arm, than)))
+      found.append(Verdict(claim["text"], *rule(claim, *its)))
   return found
 
 
-def _better(claim, difference, arm, than):
+def _less(claim, arm, than):
+  return arm.less(than, claim.get("of", "held_out"), claim.get("times", 1.0))
+
+
+def _better(claim, arm, than):
+  difference = _less(claim, arm, than)
   by = claim.get("by", 0.0)
   low, high = difference.interval()
   verdict = (HELD if high < -by else REFUTED if low > -by else UNDECIDED)
@@ -65,7 +70,8 @@ def _better(claim, difference, arm, than):
       claim.get("times", 1.0))
 
 
-def _same(claim, difference, arm, than):
+def _same(claim, arm, than):
+  difference = _less(claim, arm, than)
   within = claim.get("within", 0.01)
   low, high = difference.interval(0.9)
   wide = difference.interval()
@@ -90,4 +96,15 @@ def _text(
           f"{len(arm.runs)} seed{'s' * (len(arm.runs) > 1)}")
 
 
-RULES = {"better": _better, "same": _same}
+def _between(claim, arm):
+  values = [run.summary[claim["field"]] for run in arm.runs
+            if run.summary.get(claim["field"]) is not None]
+  inside = [claim["low"] <= v <= claim["high"] for v in values]
+  verdict = (HELD if inside and all(inside) else
+             UNDECIDED if any(inside) or not inside else REFUTED)
+  return verdict, (
+      f"{arm.name}: {claim['field']} " + ", ".join(f"{v:.3g}" for v in values)
+      + f", wanted {claim['low']:.3g} to {claim['high']:.3g}")
+
+
+RULES = {"better": _better, "same": _same, "between": _between}

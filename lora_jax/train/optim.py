@@ -73,6 +73,10 @@ class OptimConfig:
         raise errors.UsageError(
             f"optim.{name}={value} is out of range; use a number from {low:g} "
             f"to {high:g}")
+    if self.schedule == "range" and not self.final:
+      raise errors.UsageError(
+          "optim.schedule=range begins at optim.final times the learning rate; "
+          "set optim.final, e.g. to 1e-4")
     return self
 
 
@@ -119,12 +123,18 @@ def _inverse_sqrt(config, steps):
   return lambda step: jnp.sqrt(knee / (knee + step))
 
 
+def _range(config, steps):
+  # A range test (arXiv 1506.01186): equal factors from `final` to the peak.
+  return lambda step: config.final ** (1 - (step + 1) / steps)
+
+
 SCHEDULES = {
     "cosine": _cosine,
     "linear": _linear,
     "constant": _constant,
     "wsd": _wsd,
     "inverse_sqrt": _inverse_sqrt,
+    "range": _range,
 }
 
 
