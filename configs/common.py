@@ -55,6 +55,9 @@ def get_config() -> config_dict.ConfigDict:
   config.data.format = "auto"
   config.data.split = "train"
   config.data.rows = 0  # use the first so many rows; 0 is all
+  # Leave out rows whose tokens are those of an earlier row, before rows are
+  # held out.
+  config.data.unique = False
   config.data.system = ""  # system message for rows without one
   config.data.max_length = 512  # tokens of a row
   config.data.packing = True

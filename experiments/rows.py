@@ -22,7 +22,8 @@ def datasets(model: api.Model, config: dict[str, Any]) -> Data:
   """Rows to train on, rows held out, and the held-out examples.
 
   Held-out rows are drawn from those of at most `data.eval_max_length`
-  tokens; all others are trained on.
+  tokens; all others are trained on. Of equal rows `data.unique` keeps one, so
+  that none is on both sides.
   """
   block = config["data"]
   encode = lambda examples: model.encode(
@@ -30,7 +31,11 @@ def datasets(model: api.Model, config: dict[str, Any]) -> Data:
   examples = sources.read(
       blocks.locate(block["path"]), block["format"], block["split"])
   examples = examples[:block["rows"] or None]
-  rows = encode(examples)
+  rows, doubles = encode(examples), None
+  if block.get("unique", False):  # Runs of earlier versions do not have it.
+    kept = dataset_lib.unique(rows)
+    doubles = len(rows) - len(kept)
+    rows, examples = kept, [examples[i] for i in kept.ids]
   if block["eval_path"]:
     others = sources.read(blocks.locate(block["eval_path"]), block["format"])
     held = encode(others)
@@ -55,7 +60,9 @@ def datasets(model: api.Model, config: dict[str, Any]) -> Data:
       train_rows, block["max_length"], block["overlong"])
   print(f"data: {counts.kept} rows to train on ({counts.truncated} truncated, "
         f"{counts.dropped} dropped at data.max_length={block['max_length']}), "
-        f"{0 if held_rows is None else len(held_rows)} held out")
+        f"{0 if held_rows is None else len(held_rows)} held out"
+        + ("" if doubles is None else f", {doubles} equal to earlier ones "
+           "left out"))
   return train_rows, held_rows, [others[int(i)] for i in chosen]
 
 
