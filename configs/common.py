@@ -29,6 +29,11 @@ def get_config() -> config_dict.ConfigDict:
   # Special tokens to add to the vocabulary: "<|im_start|>,<|im_end|>".
   config.model.add_tokens = ""
   config.model.pad_vocab_multiple = 1  # of the vocabulary's size, e.g. 64
+  # Pretraining: random weights, drawn of `seed`, instead of the checkpoint's;
+  # of its architecture with these fields of ModelConfig
+  # (lora_jax/models/config.py) changed, and its tokenizer:
+  # "n_layers=6,d_model=256,n_heads=4". Empty: the checkpoint's weights.
+  config.model.scratch = ""
 
   config.quant = c()
   # nf4 fp4 int4 int4_affine int8 llm_int8 none. A checkpoint that comes
