@@ -70,6 +70,7 @@ def get_config() -> config_dict.ConfigDict:
   # Held-out rows: of eval_path, or taken out of path.
   config.data.eval_path = ""
   config.data.eval_rows = 100
+  config.data.eval_seed = -1  # of which rows are taken out of path; -1: seed
   config.data.eval_max_length = 512
 
   config.train = c()

@@ -243,7 +243,8 @@ def check(config: Config) -> None:
                 attention.CHOICES)
   for block, name, least in (
       ("data", "max_length", 2), ("data", "eval_max_length", 2),
-      ("data", "rows", 0), ("data", "eval_rows", 0), ("train", "samples", 0),
+      ("data", "rows", 0), ("data", "eval_rows", 0),
+      ("data", "eval_seed", -1), ("train", "samples", 0),
       ("train", "sample_tokens", 1)):
     value = config[block][name]
     if value < least:
@@ -259,13 +260,24 @@ def locate(path: str) -> str:
   """A path as it is, or the cached file of `asset:<name>`.
 
   Raises:
-    errors.UserError: if the asset cannot be fetched.
+    errors.UserError: if the asset cannot be fetched; if the path is of a run
+      of one of `configs/` that has not been made.
   """
   if not path.startswith("asset:"):
+    _check_run(pathlib.Path(path))
     return path
   from third_party import assets
 
   return str(assets.fetch(path.removeprefix("asset:")))
+
+
+def _check_run(path: pathlib.Path) -> None:
+  top, name, *inside = (*path.parts, "", "")
+  if top == "runs" and any(inside) and not path.exists() and (
+      pathlib.Path("configs") / f"{name}.py").exists():
+    raise errors.UserError(
+        f"{path} does not exist; make it with python -m experiments.run "
+        f"--config=configs/{name}.py --workdir=runs/{name}")
 
 
 def chat_template(config: Config) -> str | None:

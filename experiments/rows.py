@@ -49,7 +49,10 @@ def datasets(model: api.Model, config: dict[str, Any]) -> Data:
           f"data.eval_rows={block['eval_rows']}, but {block['path']} has "
           f"{len(rows)} rows, {len(fits)} of them of at most data.eval_max_"
           f"length={block['eval_max_length']} tokens; lower it")
-    share = dataset_lib.permutation(len(fits), config["seed"], 0, stream=1)
+    # Runs of earlier versions do not have it.
+    seed = block.get("eval_seed", -1)
+    share = dataset_lib.permutation(
+        len(fits), config["seed"] if seed < 0 else seed, 0, stream=1)
     chosen = sorted(fits[share[:block["eval_rows"]]].tolist())
     rest = sorted(set(range(len(rows))) - set(chosen))
     others, train_rows, held_rows = (
