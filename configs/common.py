@@ -255,6 +255,27 @@ def study(local: bool = False) -> config_dict.ConfigDict:
   return config
 
 
+def study_of_formats(local: bool = False) -> config_dict.ConfigDict:
+  """`study`, of a base in full precision: that of configs/pretrain_tiny.py.
+
+  What is held out is what was held out there.
+
+  Args:
+    local: in its place SmolLM2, for a test of the study.
+  """
+  config = study(local)
+  if local:
+    return config
+  config.model.path = "runs/pretrain_tiny/model"
+  config.data.path = "asset:boolq"
+  config.data.format = "text"
+  config.data.unique = True
+  config.data.eval_rows = 300
+  config.data.eval_seed = 0
+  config.compute.dtype = "float32"  # A small model; formats differ by little.
+  return config
+
+
 def parse(arg: str, **choices: tuple[str, ...]) -> dict[str, str]:
   """`"method=dora,quant=int4"` as a dict, checked.
 

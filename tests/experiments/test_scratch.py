@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import jax
 import numpy as np
 import pytest
 
+from configs import pretrain_tiny
+from experiments import blocks
 from experiments import trained
 from experiments.sweep import together
 from lora_jax import api
@@ -120,3 +123,16 @@ def test_cells_share_what_was_drawn_of_one_seed():
     assert key(config(0, "")) == key(config(1, ""))
     assert key(config(0, FIELDS)) != key(config(1, FIELDS))
     assert key(config(0, FIELDS)) == key(config(0, FIELDS))
+
+
+@pytest.mark.parametrize("study", ["formats", "double", "block_size"])
+def test_studies_hold_out_what_the_tiny_base_has_not_seen(study):
+  made = pretrain_tiny.get_config()
+  blocks.check(made.to_dict())
+  blocks.check(pretrain_tiny.get_config("runlocal").to_dict())
+  found = importlib.import_module(f"configs.studies.{study}").get_config()
+  assert found.model.path == "runs/pretrain_tiny/model"
+  for name in ("path", "format", "split", "rows", "unique", "eval_rows",
+               "eval_seed", "eval_max_length", "eval_path"):
+    assert found.data[name] == made.data[name], name
+  assert made.data.eval_seed >= 0
