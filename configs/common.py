@@ -29,6 +29,11 @@ def get_config() -> config_dict.ConfigDict:
   # Special tokens to add to the vocabulary: "<|im_start|>,<|im_end|>".
   config.model.add_tokens = ""
   config.model.pad_vocab_multiple = 1  # of the vocabulary's size, e.g. 64
+  # Pretraining: random weights, drawn of `seed`, instead of the checkpoint's;
+  # of its architecture with these fields of ModelConfig
+  # (lora_jax/models/config.py) changed, and its tokenizer:
+  # "n_layers=6,d_model=256,n_heads=4". Empty: the checkpoint's weights.
+  config.model.scratch = ""
 
   config.quant = c()
   # nf4 fp4 int4 int4_affine int8 llm_int8 none. A checkpoint that comes
@@ -55,6 +60,9 @@ def get_config() -> config_dict.ConfigDict:
   config.data.format = "auto"
   config.data.split = "train"
   config.data.rows = 0  # use the first so many rows; 0 is all
+  # Leave out rows whose tokens are those of an earlier row, before rows are
+  # held out.
+  config.data.unique = False
   config.data.system = ""  # system message for rows without one
   config.data.max_length = 512  # tokens of a row
   config.data.packing = True
@@ -62,6 +70,7 @@ def get_config() -> config_dict.ConfigDict:
   # Held-out rows: of eval_path, or taken out of path.
   config.data.eval_path = ""
   config.data.eval_rows = 100
+  config.data.eval_seed = -1  # of which rows are taken out of path; -1: seed
   config.data.eval_max_length = 512
   # Rows of something else, whose loss is told before and after training: what
   # was forgotten.
@@ -252,6 +261,27 @@ def study(local: bool = False) -> config_dict.ConfigDict:
   config.train.checkpoint_every = 0
   config.train.eval_every = 50
   config.compute.dtype = "bfloat16"
+  return config
+
+
+def study_of_formats(local: bool = False) -> config_dict.ConfigDict:
+  """`study`, of a base in full precision: that of configs/pretrain_tiny.py.
+
+  What is held out is what was held out there.
+
+  Args:
+    local: in its place SmolLM2, for a test of the study.
+  """
+  config = study(local)
+  if local:
+    return config
+  config.model.path = "runs/pretrain_tiny/model"
+  config.data.path = "asset:boolq"
+  config.data.format = "text"
+  config.data.unique = True
+  config.data.eval_rows = 300
+  config.data.eval_seed = 0
+  config.compute.dtype = "float32"  # A small model; formats differ by little.
   return config
 
 

@@ -93,8 +93,8 @@ def adapters_of(config: Config) -> adapters.hybrid.Configs:
 
 def _adapter(block: Config) -> adapters.AdapterConfig:
   found = _fields(
-      adapters.AdapterConfig, block, options=_options("options", block),
-      init_options=_options("init_options", block),
+      adapters.AdapterConfig, block, options=_options("adapter.options", block),
+      init_options=_options("adapter.init_options", block, "rho=2.0"),
       rank_pattern=_pattern("adapter.rank_pattern", block, int),
       alpha_pattern=_pattern("adapter.alpha_pattern", block, float),
       modules_to_save=names(block["modules_to_save"]),
@@ -102,16 +102,17 @@ def _adapter(block: Config) -> adapters.AdapterConfig:
   return registry.checked(found)
 
 
-def _options(field: str, block: Config) -> dict[str, str]:
+def _options(
+    field: str, block: Config, example: str = "d_initial=0.1,projection_key=3"
+) -> dict[str, str]:
   """`"d_initial=0.1,projection_key=3"` as a dict of texts."""
   found = {}
   # Runs of earlier versions do not have it.
-  for part in names(block.get(field, "")):
+  for part in names(block.get(field.partition(".")[2], "")):
     name, equals, value = part.partition("=")
     if not equals:
       raise errors.UsageError(
-          f'adapter.{field}: "{part}" is not <name>=<value>; write '
-          '"d_initial=0.1,projection_key=3"')
+          f'{field}: "{part}" is not <name>=<value>; write "{example}"')
     found[name.strip()] = value.strip()
   return found
 
@@ -154,7 +155,8 @@ def load(
       cache=config["model"].get("cache", True),
       add_tokens=names(config["model"].get("add_tokens", "")),
       pad_vocab_multiple=config["model"].get("pad_vocab_multiple", 1),
-      offload=offload(config), memory=memory(config) if trains else None)
+      offload=offload(config), memory=memory(config) if trains else None,
+      scratch=scratch(config), seed=config["seed"])
 
 
 def _pattern(field: str, block: Config, number: Callable) -> dict[str, Any]:
@@ -208,6 +210,12 @@ def base_dtype(config: Config) -> str:
   return name
 
 
+def scratch(config: Config) -> dict[str, str] | None:
+  """`model.scratch`; None loads the checkpoint's weights."""
+  return _options(
+      "model.scratch", config["model"], "n_layers=6,d_model=256") or None
+
+
 def offload(config: Config) -> tuple[str, ...]:
   """`compute.offload`, checked; configs of older runs have none."""
   return host_lib.kinds(names(config["compute"].get("offload", "")))
@@ -224,7 +232,7 @@ def check(config: Config) -> None:
     errors.UsageError: for the first value that cannot be.
   """
   for build in (quant, skip, adapters_of, train, optim, precision, base_dtype,
-                memory, log, offload):
+                memory, log, offload, scratch):
     build(config)
   rules.check(adapters_of(config), config["train"]["steps"])
   precision_lib.check_frozen_matmul(
@@ -236,7 +244,8 @@ def check(config: Config) -> None:
   for block, name, least in (
       ("data", "max_length", 2), ("data", "eval_max_length", 2),
       ("data", "rows", 0), ("data", "eval_rows", 0),
-      ("data", "watch_rows", 0), ("train", "samples", 0),
+      ("data", "watch_rows", 0), ("data", "eval_seed", -1),
+      ("train", "samples", 0),
       ("train", "sample_tokens", 1)):
     value = config[block][name]
     if value < least:
@@ -252,13 +261,24 @@ def locate(path: str) -> str:
   """A path as it is, or the cached file of `asset:<name>`.
 
   Raises:
-    errors.UserError: if the asset cannot be fetched.
+    errors.UserError: if the asset cannot be fetched; if the path is of a run
+      of one of `configs/` that has not been made.
   """
   if not path.startswith("asset:"):
+    _check_run(pathlib.Path(path))
     return path
   from third_party import assets
 
   return str(assets.fetch(path.removeprefix("asset:")))
+
+
+def _check_run(path: pathlib.Path) -> None:
+  top, name, *inside = (*path.parts, "", "")
+  if top == "runs" and any(inside) and not path.exists() and (
+      pathlib.Path("configs") / f"{name}.py").exists():
+    raise errors.UserError(
+        f"{path} does not exist; make it with python -m experiments.run "
+        f"--config=configs/{name}.py --workdir=runs/{name}")
 
 
 def chat_template(config: Config) -> str | None:

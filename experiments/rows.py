@@ -22,7 +22,8 @@ def datasets(model: api.Model, config: dict[str, Any]) -> Data:
   """Rows to train on, rows held out, and the held-out examples.
 
   Held-out rows are drawn from those of at most `data.eval_max_length`
-  tokens; all others are trained on.
+  tokens; all others are trained on. Of equal rows `data.unique` keeps one, so
+  that none is on both sides.
   """
   block = config["data"]
   encode = lambda examples: model.encode(
@@ -30,7 +31,11 @@ def datasets(model: api.Model, config: dict[str, Any]) -> Data:
   examples = sources.read(
       blocks.locate(block["path"]), block["format"], block["split"])
   examples = examples[:block["rows"] or None]
-  rows = encode(examples)
+  rows, doubles = encode(examples), None
+  if block.get("unique", False):  # Runs of earlier versions do not have it.
+    kept = dataset_lib.unique(rows)
+    doubles = len(rows) - len(kept)
+    rows, examples = kept, [examples[i] for i in kept.ids]
   if block["eval_path"]:
     others = sources.read(blocks.locate(block["eval_path"]), block["format"])
     held = encode(others)
@@ -44,7 +49,10 @@ def datasets(model: api.Model, config: dict[str, Any]) -> Data:
           f"data.eval_rows={block['eval_rows']}, but {block['path']} has "
           f"{len(rows)} rows, {len(fits)} of them of at most data.eval_max_"
           f"length={block['eval_max_length']} tokens; lower it")
-    share = dataset_lib.permutation(len(fits), config["seed"], 0, stream=1)
+    # Runs of earlier versions do not have it.
+    seed = block.get("eval_seed", -1)
+    share = dataset_lib.permutation(
+        len(fits), config["seed"] if seed < 0 else seed, 0, stream=1)
     chosen = sorted(fits[share[:block["eval_rows"]]].tolist())
     rest = sorted(set(range(len(rows))) - set(chosen))
     others, train_rows, held_rows = (
@@ -55,7 +63,9 @@ def datasets(model: api.Model, config: dict[str, Any]) -> Data:
       train_rows, block["max_length"], block["overlong"])
   print(f"data: {counts.kept} rows to train on ({counts.truncated} truncated, "
         f"{counts.dropped} dropped at data.max_length={block['max_length']}), "
-        f"{0 if held_rows is None else len(held_rows)} held out")
+        f"{0 if held_rows is None else len(held_rows)} held out"
+        + ("" if doubles is None else f", {doubles} equal to earlier ones "
+           "left out"))
   return train_rows, held_rows, [others[int(i)] for i in chosen]
 
 

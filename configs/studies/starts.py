@@ -1,7 +1,12 @@
 """Does the start of A and B matter on an NF4 base?
 
+  python -m experiments.run --config=configs/pretrain_tiny.py \\
+      --workdir=runs/pretrain_tiny
   python -m experiments.sweep --config=configs/studies/starts.py
   python -m experiments.sweep --config=configs/studies/starts.py:runlocal
+
+The base is a small one in full precision (docs/TINY.md), which the first
+command makes; :runlocal needs none.
 
 Published: PiSSA (arXiv 2404.02948): 72.86 on GSM8K, LoRA 67.7. LoftQ
 (2310.08659) starts where the quantised base and A B are nearest to the
@@ -26,13 +31,17 @@ from configs import grid
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
   """The run that all cells are changes of."""
-  return common.study(local=arg == "runlocal")
+  config = common.study(local=arg == "runlocal")
+  if arg != "runlocal":
+    config.model.path = "runs/pretrain_tiny/model"
+  return config
 
 
 def sweep(arg: str = "") -> grid.Cells:
-  """Starts x learning rates x seeds."""
-  starts = {"adapter.init": (
-      "default", "gaussian", "pissa_niter_4", "loftq", "olora")}
+  """Starts x learning rates x seeds; and the base without quantisation."""
+  starts = grid.cross({"adapter.init": (
+      "default", "gaussian", "pissa_niter_4", "loftq", "olora")})
+  starts.append({"adapter.init": "default", "quant.format": "none"})
   if arg == "runlocal":
     return grid.cross({"adapter.init": ("default", "gaussian")})
   return grid.cross(starts, grid.RATES, grid.SEEDS)
@@ -54,5 +63,8 @@ def claims(arg: str = "") -> list[dict[str, Any]]:
                   {"adapter.init": "loftq"}, {"adapter.init": "default"}),
       grid.better("PiSSA is better than the default",
                   {"adapter.init": "pissa_niter_4"},
+                  {"adapter.init": "default"}),
+      grid.better("NF4 loses something: what there is to win",
+                  {"adapter.init": "default", "quant.format": "none"},
                   {"adapter.init": "default"}),
   ]

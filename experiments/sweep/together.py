@@ -33,12 +33,18 @@ SAME_FIELDS = ("optim.name", "data.max_length", "data.packing",
 
 def base_key(config: dict[str, Any]) -> str:
   """What has to be equal for cells to share a base."""
-  return json.dumps({name: config.get(name) for name in BASE}, sort_keys=True)
+  return json.dumps({name: config.get(name) for name in BASE} | _drawn(config),
+                    sort_keys=True)
+
+
+def _drawn(config: dict[str, Any]) -> dict[str, Any]:
+  """The seed, where the base's weights are drawn of it."""
+  return {"seed": config["seed"]} if blocks.scratch(config) else {}
 
 
 def group_key(config: dict[str, Any]) -> str:
   """What has to be equal for cells to have a chance to train together."""
-  found = {}
+  found = _drawn(config)
   for block, fields in config.items():
     if not isinstance(fields, dict):
       fields = {"": fields}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import pathlib
+from typing import Any
 
 import jax
 
@@ -17,6 +18,7 @@ from lora_jax.kernels import attention as attention_lib
 from lora_jax.models import base_cache
 from lora_jax.models import load as load_lib
 from lora_jax.models import resize
+from lora_jax.models import scratch as scratch_lib
 from lora_jax.models import sharding
 from lora_jax.models import size
 from lora_jax.train import footprint
@@ -38,6 +40,8 @@ def load(
     pad_vocab_multiple: int = 1,
     offload: Sequence[str] = (),
     memory: memory_lib.MemoryConfig | None = None,
+    scratch: Mapping[str, Any] | None = None,
+    seed: int = 0,
 ) -> model_lib.Model:
   """Loads a model and its tokenizer.
 
@@ -57,24 +61,37 @@ def load(
     pad_vocab_multiple: see `models.resize.grow`.
     offload: keys of `host_lib.KINDS`, what is kept in host memory.
     memory: of training to come; a base too large for it goes to host memory.
+    scratch: for pretraining: fresh random weights in place of the
+      checkpoint's, in its architecture with these fields changed; see
+      `models.scratch`. Nothing of them is cached.
+    seed: of these weights.
 
   Raises:
-    errors.UserError: see `models.load.load`.
+    errors.UserError: see `models.load.load`, `models.scratch.changed`; if the
+      tokenizer has more tokens than a fresh model.
   """
   stored = precision_lib.base_dtype(dtype, base_dtype)
   errors.choose("compute.attention", attention, attention_lib.CHOICES)
   if isinstance(quant, str):
     quant = quant_lib.QuantSpec(format=quant)
-  source = load_lib.open_source(path)
+  source, drawn = load_lib.open_source(path), None
+  if scratch is not None:
+    source = drawn = scratch_lib.Scratch(
+        scratch_lib.changed(source.config, scratch), seed, source.label)
   devices = mesh_lib.make(mesh or mesh_lib.MeshConfig())
   spread = devices if devices.size > 1 else None
   offload = host_lib.check(offload, jax.local_devices()[0])
   host = "base" in offload or (not offload and footprint.outgrows(
       memory, lambda: size.nbytes(source, quant, stored, skip, spread)))
+  root = base_folder() if cache and drawn is None else None
   loaded = base_cache.load(
-      source, quant, stored, skip, root=base_folder() if cache else None,
-      mesh=spread, host=host)
+      source, quant, stored, skip, root=root, mesh=spread, host=host)
   tokenizer = tokenizer_lib.load(source.label, chat_template)
+  if drawn is not None and drawn.config.vocab_size < len(tokenizer):
+    raise errors.UsageError(
+        f"model.scratch: vocab_size={drawn.config.vocab_size} is less than the "
+        f"{len(tokenizer)} tokens of {path}'s tokenizer; set it to that, or "
+        "more")
   new = tokenizer_lib.add_tokens(tokenizer, add_tokens) if add_tokens else ()
   config, base = resize.grow(
       loaded.config, loaded.base, max(new, default=-1) + 1, pad_vocab_multiple)
@@ -85,7 +102,7 @@ def load(
       config=config, base=base, tokenizer=tokenizer,
       fingerprint=loaded.fingerprint, source=path, dtype=dtype, mesh=spread,
       attention=attention, new_tokens=tuple(new), resized=resized,
-      offload=offload)
+      offload=offload, drawn=drawn)
 
 
 def base_folder() -> pathlib.Path:

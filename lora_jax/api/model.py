@@ -70,6 +70,7 @@ class Model:
     new_tokens: ids of the tokens that `load` was asked to add.
     resized: whether the vocabulary is larger than the source's.
     offload: keys of `host_lib.KINDS`, what is kept in host memory.
+    drawn: where the weights come from if they are not those of `source`.
   """
 
   config: config_lib.ModelConfig
@@ -91,6 +92,7 @@ class Model:
   new_tokens: tuple[int, ...] = ()
   resized: bool = False
   offload: tuple[str, ...] = ()
+  drawn: load_lib.Source | None = None
 
   @property
   def paths(self) -> dict[str, list[str]]:
@@ -125,7 +127,7 @@ class Model:
         name: parts_lib.with_ids(one, self.tokenizer, self.source)
         for name, one in parts_lib.configs(config, self.new_tokens).items()}
     name, first = next(iter(configs.items()))
-    originals, stats = load_lib.originals(self.source, self._whole), None
+    originals, stats = self._originals(), None
     if rows is not None and first.start().informed is not None:
       configs[name], stats = statistics.gather(
           first, self._some(rows, first.init_batches, batch_size, seed),
@@ -243,7 +245,7 @@ class Model:
       start = adapters_lib.starts.choose("pissa")
     base, factors = adapters_lib.starts.replace(
         start, self.base, assemble.placements(tree),
-        load_lib.originals(self.source, self._whole), donate, given)
+        self._originals(), donate, given)
     return base, adapters_lib.starts.attached(tree, factors)
 
   def encode(
@@ -429,6 +431,9 @@ class Model:
 
   def _place(self, tree: types.Tree) -> types.Tree:
     return tree if self.mesh is None else sharding.put(self.mesh, tree)
+
+  def _originals(self):
+    return load_lib.originals(self.drawn or self.source, self._whole)
 
   def _whole(self, array: types.Array) -> jax.Array:
     """Not cut: on every device."""

@@ -108,6 +108,18 @@ def fit(
           Counts(len(result), truncated, len(data) - len(result)))
 
 
+def unique(encoded: Sequence[templates.Encoded]) -> Dataset:
+  """The examples whose tokens are not those of an earlier one.
+
+  `[1 2] [3] [1 2]` becomes `[1 2] [3]`, with the ids 0 and 1.
+  """
+  data = of(encoded)
+  first: dict[bytes, int] = {}
+  for i, example in enumerate(data.encoded):
+    first.setdefault(np.asarray(example.tokens, np.int32).tobytes(), i)
+  return data.select(list(first.values()))
+
+
 def split(
     n: int, holdout: int | float, seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -160,10 +160,15 @@ def prompt_completion(row: Mapping[str, Any], source: str) -> Example:
 
 
 def text(row: Mapping[str, Any], source: str) -> Example:
-  """`text`: every token but the first carries the loss."""
-  return Example(source, text=_answer(row, "text", source, "text"))
+  """The first of `TEXT_KEYS` there is: all but the first token carry the loss.
+
+  Only `text` is detected: the others stand in tables of other formats, too.
+  """
+  key = next((k for k in TEXT_KEYS if row.get(k) is not None), TEXT_KEYS[0])
+  return Example(source, text=_answer(row, key, source, "text"))
 
 
+TEXT_KEYS = ("text", "content", "document", "passage")
 FORMATS: dict[str, Converter] = {
     "messages": messages,
     "alpaca": alpaca,

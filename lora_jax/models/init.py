@@ -72,6 +72,65 @@ def _draw(key, slot: hf.Slot, lead: tuple[int, ...], dtype) -> jax.Array:
   return value.astype(dtype)
 
 
+# Standard deviation of what is drawn for pretraining.
+FRESH_STD = 0.02
+# Projections that write into the residual stream.
+WRITERS = ("o_proj", "down_proj")
+
+
+def fresh_base(
+    key: jax.Array, config: config_lib.ModelConfig, dtype: Any = jnp.float32
+) -> decoder.Base:
+  """A base to be pretrained.
+
+  Weights and embeddings ~ N(0, 0.02^2), those of the two projections that
+  write into the residual stream ~ N(0, 0.02^2 / 2 l), so that its variance
+  does not grow with the layers that add to it; norms multiply by 1, biases
+  are 0.
+
+  Source: Radford et al. 2019 (GPT-2), section 2.3.
+
+  Args:
+    key: PRNG key.
+    config: the model.
+    dtype: of every leaf.
+
+  Returns:
+    The base on the default device, layers stacked.
+  """
+  leaves = {}
+  for slot in hf.slots(config):
+    layers = range(config.n_layers) if slot.stacked else (None,)
+    ones = [fresh(key, config, slot, layer) for layer in layers]
+    ones = [(one.T if slot.linear else one).astype(dtype) for one in ones]
+    leaves[slot.target, slot.leaf] = (
+        jnp.stack(ones) if slot.stacked else ones[0])
+  return assemble(config, leaves)
+
+
+def fresh(
+    key: jax.Array, config: config_lib.ModelConfig, slot: hf.Slot,
+    layer: int | None
+) -> jax.Array:
+  """A layer's parameter of `fresh_base`, in float32 and Hugging Face's layout.
+
+  Args:
+    key, config: as there.
+    slot: of `hf.slots(config)`.
+    layer: its number; None outside of layers.
+  """
+  if slot.leaf == "bias":
+    return jnp.zeros(slot.shape)
+  if len(slot.shape) == 1:
+    return jnp.full(slot.shape, 1.0 - config.norm_offset)
+  std = FRESH_STD
+  if slot.target in WRITERS:
+    std /= math.sqrt(2 * config.n_layers)
+  number = [*hf.MODULES, *hf.OUTER].index(slot.target)
+  key = jax.random.fold_in(jax.random.fold_in(key, number), layer or 0)
+  return std * jax.random.normal(key, slot.shape, jnp.float32)
+
+
 def quantised_base(
     key: jax.Array,
     config: config_lib.ModelConfig,

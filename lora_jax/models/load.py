@@ -63,7 +63,8 @@ class LoadedBase(NamedTuple):
 
 
 class Source(Protocol):
-  """A checkpoint: `hf.Folder`, `gguf.File` or `base_store.Stored`."""
+  """A checkpoint: `hf.Folder`, `gguf.File`, `base_store.Stored`, or one that
+  is drawn, `scratch.Scratch`."""
 
   @property
   def config(self) -> config_lib.ModelConfig:
@@ -187,12 +188,12 @@ def convert(
 
 
 def originals(
-    path: str, place: Callable[[Any], jax.Array] = jnp.asarray
+    path: str | Source, place: Callable[[Any], jax.Array] = jnp.asarray
 ) -> Callable[[str, int | None], jax.Array]:
   """Reads weights again, as they are before quantisation.
 
   Args:
-    path: see `load`.
+    path: see `load`; or the checkpoint, opened.
     place: puts a tensor on the devices.
 
   Returns:
@@ -207,7 +208,8 @@ def originals(
 
   def read(target: str, layer: int | None) -> jax.Array:
     if not opened:
-      opened.append(open_source(path))
+      opened.append(open_source(str(path)) if isinstance(
+          path, str | pathlib.Path) else path)
     source = opened[0]
     if source.scheme is not None or isinstance(source, base_store.Stored):
       raise errors.UserError(

@@ -93,6 +93,20 @@ def test_source_distribution(index, monkeypatch):
   assert command[command.index("--no-binary") + 1] == "pkg"
 
 
+def test_a_file_may_have_another_name_in_the_cache(
+    index, monkeypatch, tmp_path):
+  monkeypatch.setattr(assets, "ASSETS", {"thing": dataclasses.replace(
+      index["asset"], saved_as="thing.bin")})
+  assert assets.fetch("thing") == tmp_path / "cache" / "thing.bin"
+  assert assets.fetch("thing").read_bytes() == CONTENT
+  assert len(index["calls"]) == 1
+
+
+def test_files_in_the_cache_have_different_names():
+  names = [asset.filename for asset in assets.ASSETS.values()]
+  assert len(set(names)) == len(names)
+
+
 def test_cached_file_is_hashed_once(index, monkeypatch):
   path = assets.fetch("thing")
   marker = path.with_name("file.bin.sha256")

@@ -66,6 +66,15 @@ def test_gsm8k_and_text():
   assert formats.convert({"text": "t"}, "auto", "f:1").text == "t"
 
 
+def test_a_text_may_have_other_names():
+  for row in ({"text": "t", "content": "c"}, {"text": None, "content": "t"},
+              {"title": "x", "document": "t"}, {"question": "q", "passage": "t",
+                                                "label": True}):
+    assert formats.convert(row, "text", "f:1").text == "t"
+  with pytest.raises(errors.UserError, match="no format has the keys passage"):
+    formats.convert({"passage": "t"}, "auto", "f:1")  # Not detected.
+
+
 _USER = {"role": "user", "content": "q"}
 
 
@@ -79,6 +88,8 @@ _USER = {"role": "user", "content": "q"}
      '"history" holds'),
     ("gsm8k", {"question": "x"}, '"answer" of format gsm8k is missing'),
     ("text", {"text": ""}, '"text" is empty'),
+    ("text", {"passage": " "}, '"passage" is empty'),
+    ("text", {"title": "x"}, '"text" of format text is missing'),
     ("prompt_completion", {"prompt": "x", "completion": ""},
      '"completion" is empty.*delete the row'),
     ("prompt_completion", {"completion": "x"}, '"prompt" .* is missing'),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -47,6 +49,20 @@ def test_pure_function_of_seed_and_step(packing):
   assert ids[0] != make(6).row_indices(0)
   assert ids[0] != ids[batches.steps_per_epoch]
   assert (forward[0].tokens[forward[0].segment_ids == 0] == 7).all()
+
+
+def test_equal_rows_are_left_out():
+  rows = _examples([3, 2, 4, 2])
+  copies = [rows[0], rows[1], rows[0], rows[2], rows[1], rows[3]]
+  kept = dataset.unique(copies)
+  assert kept.ids.tolist() == [0, 1, 3, 5]
+  assert [e.tokens.tolist() for e in kept] == [e.tokens.tolist() for e in rows]
+  # The ids of what was selected before stay; the start of another is no copy.
+  later = dataset.unique(dataset.of(copies).select([2, 4, 0]))
+  assert later.ids.tolist() == [2, 4]
+  assert len(dataset.unique(
+      [rows[0], dataclasses.replace(
+          rows[0], tokens=rows[0].tokens[:2])])) == 2
 
 
 @pytest.mark.parametrize("packing", [True, False])
