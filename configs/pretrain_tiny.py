@@ -5,7 +5,7 @@
   python -m experiments.run --config=configs/pretrain_tiny.py:runlocal
 
 Llama with SmolLM2's tokenizer, 18.5 M parameters (12.6 M of them the tied
-embedding), float32; 12,271 passages of BoolQ less 300 held out, 2,500 steps of
+embedding), float32; 12,271 passages of BoolQ less 300 held out, 1,500 steps of
 32 x 256 packed tokens. The model is in runs/pretrain_tiny/model, where studies
 of quantisation look for it; docs/TINY.md is its card.
 
@@ -38,10 +38,10 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   config.data.eval_rows = 300
   config.data.eval_seed = 0  # Studies of this base hold out the same.
 
-  config.train.steps = 2500
+  config.train.steps = 1500
   config.train.batch_size = 32
   config.train.log_every = 10
-  config.train.eval_every = 500
+  config.train.eval_every = 250
   config.train.checkpoint_every = 500
   config.train.samples = 0
 

@@ -18,6 +18,7 @@ import runpy
 import socket
 import threading
 import time
+import traceback
 from typing import Any
 
 from lora_jax import errors
@@ -61,7 +62,10 @@ class Cell:
   def failed(self, error: BaseException) -> None:
     """Notes why it has no result."""
     workdir_lib.write_bytes(
-        self.folder / "error", f"{type(error).__name__}: {error}\n".encode())
+        self.folder / "error",
+        (f"{type(error).__name__}: {error}\n" if isinstance(
+            error, errors.UserError | OSError) else
+         "".join(traceback.format_exception(error))).encode())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -143,8 +143,9 @@ def _fit(part, note):
       f"[{i}] {cell.name}" for i, (cell, _, _) in enumerate(part)))
   try:
     found = training_lib.fit([ready.training for _, ready, _ in part])
-  except jax.errors.JaxRuntimeError as error:
-    # Most likely there was no memory for all of them.
+  except Exception as error:
+    # Most likely there was no memory for all of them; if it is a fault of
+    # ours, it may be one of this group alone.
     for cell, _, _ in part:
       cell.failed(error)
     note(f"side by side: failed: {_first_line(error)}; try --together="
@@ -168,7 +169,7 @@ def _noted(
     cell: cells_lib.Cell, note: Callable[[str], None]) -> Iterator[None]:
   try:
     yield
-  except (errors.UserError, OSError, jax.errors.JaxRuntimeError) as error:
+  except Exception as error:  # One cell's fault is not the others'.
     cell.failed(error)
     note(f"{cell.name}: failed: {_first_line(error)}")
 
