@@ -251,7 +251,9 @@ def test_rows_are_asked_for(models):
 
 
 @pytest.mark.parametrize("start, method, fmt", [
-    ("lora_ga", "lora", "nf4"), ("eva", "rslora", "none")])
+    ("lora_ga", "lora", "nf4"),
+    # Three runs, of which the base is as it was.
+    pytest.param("eva", "rslora", "none", marks=pytest.mark.slow)])
 def test_a_run_that_goes_on_ends_as_one_that_did_not_stop(
     start, method, fmt, models, rows, adapted, tmp_path):
   model = adapted(start, method, fmt)
