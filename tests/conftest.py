@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -26,6 +27,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
 import pytest
+
+# Tracing makes many objects, few of them in cycles: looking for those each 700
+# takes a twentieth of the time, and more the more programs there are.
+gc.set_threshold(50_000, 20, 20)
 
 # Of memory mappings, of which Linux gives a process 65,530 unless told
 # otherwise. Every program compiled for a CPU has some, and XLA crashes when

@@ -26,18 +26,35 @@ CONFIG = contract.CONFIG
 ROWS = adapters_lib.METHODS
 
 
-
-def by_method(methods):
+def by_method(methods, fast):
   return pytest.mark.parametrize("method", [
-      pytest.param(m, marks=pytest.mark.slow)
-      if m != "lora" and contract.alike(m) else m for m in methods])
+      m if fast(m) else pytest.param(m, marks=pytest.mark.slow)
+      for m in methods])
 
 
-each, adapting = by_method(contract.METHODS), by_method(contract.ADAPTING)
-# Whole models of these; of every method in test_contract_formats.py.
-some = pytest.mark.parametrize(
-    "method", ["lora", "dora", "ia3", "houlsby", "prefix", "prompt", "full"])
+def compiled(method):
+  return method == "lora" or not contract.alike(method)
 
+
+each = by_method(contract.METHODS, compiled)
+adapting = by_method(contract.ADAPTING, compiled)
+# One of each way from layer to layer: alone, with what layers share, bound to
+# a first pass, with a state beside, before the keys, without an adapter.
+SCANNED = "lora", "vera", "lily", "xlora", "shadow", "prefix", "full"
+scanned = by_method(contract.METHODS, lambda m: m in SCANNED)
+# Whole models of these; of every method in test_contract_formats.py. Those
+# that are slow go the same way as one that is not.
+some = pytest.mark.parametrize("method", [
+    m if m in ("lora", "houlsby", "prefix")
+    else pytest.param(m, marks=pytest.mark.slow)
+    for m in ("lora", "dora", "ia3", "houlsby", "prefix", "prompt", "full")])
+
+
+def base_format(method):
+  """Decoding seven weights is half of what is compiled, and the same for all:
+  test_contract_formats.py has every method over quantised weights."""
+  return "nf4" if method in (
+      "lora", "dora", "vera", "ia3", "houlsby", "prefix", "full") else "none"
 
 
 
@@ -48,9 +65,9 @@ def plain(fmt):
 
 @each
 def test_it_is_the_identity_at_init_where_it_says_so(method):
-  base, tree = contract.built(method, "nf4")
+  base, tree = contract.built(method, base_format(method))
   found = contract.logits(base, tree)
-  away = float(np.abs(found - plain("nf4")).max())
+  away = float(np.abs(found - plain(base_format(method))).max())
   if ROWS[method].identity_at_init:
     assert away < 2e-5
   else:
@@ -59,9 +76,9 @@ def test_it_is_the_identity_at_init_where_it_says_so(method):
 
 @each
 def test_merging_computes_the_same(method):
-  base, tree = contract.randomised(method, "nf4")
+  base, tree = contract.randomised(method, base_format(method))
   adapted = contract.logits(base, tree)
-  assert np.abs(adapted - plain("nf4")).max() > 1e-2
+  assert np.abs(adapted - plain(base_format(method))).max() > 1e-2
   if ROWS[method].mergeable:
     merged = _merged(base, tree)
     assert tiny.distance(contract.logits(merged, None), adapted) < 2e-5
@@ -100,7 +117,7 @@ def _merged(base, tree):
 
 @adapting
 def test_preparing_for_decoding_changes_nothing(method):
-  base, tree = contract.randomised(method, "nf4")
+  base, tree = contract.randomised(method, base_format(method))
   prepared = adapters_lib.prepared(tree, base)
   if jax.tree.structure(prepared) == jax.tree.structure(tree) and all(
       a is b or np.array_equal(a, b) for a, b in zip(
@@ -112,7 +129,7 @@ def test_preparing_for_decoding_changes_nothing(method):
 
 @each
 def test_gradients_are_finite_and_zero_exactly_where_it_says_so(method):
-  base, tree = contract.randomised(method, "nf4")
+  base, tree = contract.randomised(method, base_format(method))
   trainable, frozen = adapters_lib.split(tree)
   data = contract.stacked(contract.batch_of(tree))
   value, grads = contract.gradient(
@@ -122,7 +139,7 @@ def test_gradients_are_finite_and_zero_exactly_where_it_says_so(method):
     assert np.isfinite(leaf).all(), path
     assert np.abs(leaf).max() > 0, path
   # At the start, too.
-  _, tree = contract.built(method, "nf4")
+  _, tree = contract.built(method, base_format(method))
   trainable, frozen = adapters_lib.split(tree)
   _, grads = contract.gradient(
       trainable, frozen, base, data, jax.random.key(0))
@@ -133,9 +150,9 @@ def test_gradients_are_finite_and_zero_exactly_where_it_says_so(method):
     assert (np.abs(leaf).max() == 0) == (path.split(".")[-1] in zero), path
 
 
-@each
+@scanned
 def test_scan_computes_what_a_loop_does(method):
-  base, tree = contract.randomised(method, "nf4")
+  base, tree = contract.randomised(method, base_format(method))
   data = contract.batch_of(tree)
   whole = decoder.combined(base, tree)
   ahead = decoder._prefix_length(tree)
@@ -165,7 +182,7 @@ def test_scan_computes_what_a_loop_does(method):
 
 @adapting
 def test_the_count_is_that_of_the_formula(method):
-  _, tree = contract.built(method, "nf4")
+  _, tree = contract.built(method, base_format(method))
   row, config = ROWS[method], registry.checked(contract.block(method))
   placements = assemble.placements(tree)
   expected = registry.shared_count(
@@ -182,7 +199,7 @@ def test_the_count_is_that_of_the_formula(method):
 
 @each
 def test_split_and_join_are_inverse(method):
-  _, tree = contract.built(method, "nf4")
+  _, tree = contract.built(method, base_format(method))
   trainable, frozen = adapters_lib.split(tree)
   joined = adapters_lib.join(trainable, frozen)
   assert jax.tree.structure(joined) == jax.tree.structure(tree)
@@ -197,7 +214,7 @@ def test_layers_that_are_not_chosen_are_the_base(method):
   base, tree = adapters_lib.build(
       jax.random.key(1), contract.block(
           method, layers="0,2", rank_pattern={}),
-      contract.quantised("nf4"), tiny.paths(CONFIG),
+      contract.quantised(base_format(method)), tiny.paths(CONFIG),
       geometry=contract.GEOMETRY)
   placed = assemble.placements(tree)
   for name in tree.layers:
@@ -242,7 +259,7 @@ def test_dropout_depends_on_step_example_and_position_alone(method):
 
 @some
 def test_a_bf16_step_stays_finite(method):
-  base, tree = contract.randomised(method, "nf4")
+  base, tree = contract.randomised(method, base_format(method))
   trainable, frozen = adapters_lib.split(tree)
   data = contract.stacked(contract.batch_of(tree))
   value, grads = contract.gradient(

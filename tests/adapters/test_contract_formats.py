@@ -21,18 +21,28 @@ from tests import tiny
 from tests.adapters import contract
 
 projecting = pytest.mark.parametrize("method", contract.PROJECTING)
+# Under all formats; others under three of them, in turn.
+EVERY = "lora", "dora", "ia3", "vera", "oft"
+
+
+def formats(method):
+  if method in EVERY:
+    return contract.FORMATS
+  turn, others = contract.PROJECTING.index(method), [
+      fmt for fmt in contract.FORMATS if fmt not in ("none", "nf4")]
+  return ["none", "nf4", others[turn % len(others)]]
 
 
 class Case:
   """One projection of each format, its adapters at the start and moved."""
 
-  def __init__(self, method):
+  def __init__(self, method, names):
     self.row = row = adapters_lib.METHODS[method]
     config = registry.checked(contract.block(method))
     target = config.targets.split(",")[0]
     self.weights = {
         fmt: contract.one(contract.quantised(fmt).layers[target].weight, 0)
-        for fmt in contract.FORMATS}
+        for fmt in names}
     shape = tuple(self.weights["none"].shape)
     width = config.rank if row.ranked else 1
     # What is shared by modules is counted with the first in some methods.
@@ -60,21 +70,31 @@ class Case:
         jax.random.key(6), (2, 3, contract.CONFIG.d_model))
     self.bias = jnp.ones(shape[1])
 
-  def told(self, shared, noise=None, order=1):
-    """What its adapters are bound to, with the rows of x in some order."""
+  def told(self, shared, noise=None, hidden=None):
+    """What its adapters are bound to."""
     if not self.row.adapter.guided:
       return shared
-    return shared.guide(self.hidden[::order], noise)
+    return shared.guide(self.hidden if hidden is None else hidden, noise)
 
 
 @functools.cache
 def case(method):
-  return Case(method)
+  return Case(method, formats(method))
 
 
 @projecting
 def test_it_starts_as_the_base_and_merging_computes_the_same(method):
-  c = case(method)
+  check(case(method))
+
+
+@pytest.mark.slow  # The same for each format: two seconds a method.
+@pytest.mark.parametrize(
+    "method", [m for m in contract.PROJECTING if m not in EVERY])
+def test_so_it_does_under_every_format(method):
+  check(Case(method, contract.FORMATS))
+
+
+def check(c):
 
   @jax.jit
   def run(weights, start, moved, shared, moved_shared):
@@ -109,29 +129,26 @@ def test_bfloat16_and_dropout(method):
   trainable, frozen = adapters_lib.split(c.moved["nf4"])
   shared, known = adapters_lib.split(c.moved_shared)
 
-  def noise(key, examples):
-    return adapters_lib.Noise(
+  def run(trainable, shared, x, hidden, key, examples):
+    draw = adapters_lib.Noise(
         jax.random.key(key), jnp.broadcast_to(examples[:, None], (2, 3)),
         jnp.broadcast_to(jnp.arange(3), (2, 3)))
-
-  def run(trainable, shared, x, draw, order=1):
     adapter = adapters_lib.join(trainable, frozen).bound(
-        c.told(adapters_lib.join(shared, known), draw, order))
+        c.told(adapters_lib.join(shared, known), draw, hidden))
     y = adapter.apply(x, c.weights["nf4"], draw)
     y += adapter.shift(c.bias).astype(y.dtype)
     return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
 
   @jax.jit
-  def every(trainable, shared, x):
+  def every(trainable, shared, draws):
     both = jax.value_and_grad(run, (0, 1), has_aux=True)
-    ids = jnp.arange(2)
-    (_, y), grads = both(trainable, shared, x, noise(0, ids))
-    swapped = run(
-        trainable, shared, x[::-1], noise(0, ids[::-1]), -1)[1]
-    other = run(trainable, shared, x, noise(1, ids))[1]
-    return y, grads, swapped, other
+    return jax.lax.map(lambda draw: both(trainable, shared, *draw), draws)
 
-  y, grads, swapped, other = every(trainable, shared, x)
+  # As they are, in another order, and drawn with another key.
+  rows, ids = (lambda x: jnp.stack([x, x[::-1], x])), jnp.arange(2)
+  (_, (y, swapped, other)), grads = every(
+      trainable, shared, (rows(x), rows(c.hidden), jnp.arange(3) // 2,
+                          rows(ids)))
   assert y.dtype == jnp.bfloat16 and jnp.isfinite(y).all()
   for leaf in jax.tree.leaves(grads):
     assert leaf.dtype == jnp.float32

@@ -14,7 +14,7 @@ from tests.adapters import contract
 
 # One of each kind: what is shared, blocks, norms and the input. The rest of
 # the default run's methods are in tests/models/test_sharding.py.
-DEFAULT = ("vera", "ia3", "ln_tuning", "prefix", "prompt", "houlsby")
+DEFAULT = ("vera", "ln_tuning", "prompt", "houlsby")
 
 
 def check(methods):

@@ -183,12 +183,11 @@ def equal_gradients(method, fmt, remat, host=False, offload=()):
         assert scale > 0 and np.abs(ours - theirs).max() < 2e-5 * scale
 
 
+# Two programs each; `test_same_in_every_case` has all of LoRA's.
 @pytest.mark.parametrize("method, fmt, remat, host, offload", [
-    ("lora", "nf4", "named", False, ()),
     ("lora", "none", "none", False, ()),
-    ("dora", "nf4", "named", True, ()),
     ("lora", "nf4", "full", True, ("activations",)),
-    ("lora", "nf4", "named", False, ("activations",)),
+    pytest.param("dora", "nf4", "named", True, (), marks=pytest.mark.slow),
 ])
 def test_same_loss_and_gradients_as_one_stack(
     method, fmt, remat, host, offload):
@@ -227,7 +226,9 @@ def scans(jaxpr):
 @pytest.mark.parametrize("fmt", ["none", "nf4"])
 @pytest.mark.parametrize("host, offload", [
     (False, ()), (True, ()), (False, ("activations",))])
-@pytest.mark.parametrize("remat", ["none", "dots", "named", "full"])
+@pytest.mark.parametrize("remat", [
+    "named", *(pytest.param(x, marks=pytest.mark.slow)  # A second each.
+               for x in ("none", "dots", "full"))])
 def test_no_weight_is_kept_between_the_passes(fmt, remat, host, offload):
   """Nor is a part of a stack: no scan gives or takes several layers of it."""
   shapes = {x.shape[1:] for x in jax.tree.leaves(base(fmt).layers)

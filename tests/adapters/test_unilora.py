@@ -66,11 +66,17 @@ def test_the_projection_is_an_isometry():
   assert partition.trainable_size(tree) == 50
 
 
-@pytest.mark.parametrize("fields", [
+FIELDS = [
     {}, {"init_weights": False}, {"save_indices": True},
     # More of theta than there are entries: some are not used.
-    {"save_indices": True, "theta_d_length": 4000}], ids=str)
-@pytest.mark.parametrize("layers", [None, "0,2"])
+    {"save_indices": True, "theta_d_length": 4000}]
+
+
+# Every field, with and without layers in turn; the others are like them.
+@pytest.mark.parametrize("fields, layers", [
+    pytest.param(x, layers, marks=() if i % 2 == bool(layers) else
+                 pytest.mark.slow, id=f"{x}-{layers}")
+    for i, x in enumerate(FIELDS) for layers in (None, "0,2")])
 def test_folders_are_read_and_written(fields, layers, tmp_path):
   config = dataclasses.replace(CONFIG, layers=layers, options=(
       dataclasses.replace(CONFIG.options, **fields)))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -37,11 +38,16 @@ def base():
 
 
 def torch_model():
-  """The base in transformers."""
+  """The base in transformers, to be changed."""
+  return copy.deepcopy(_torch_model(CONFIG))
+
+
+@functools.cache
+def _torch_model(config):
   transformers = pytest.importorskip("transformers")
   torch = pytest.importorskip("torch")
   with tempfile.TemporaryDirectory() as folder:
-    hf_export.write(f"{folder}/m", CONFIG, base(), None)
+    hf_export.write(f"{folder}/m", config, base(), None)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         f"{folder}/m", dtype=torch.float32, attn_implementation="eager").eval()
   model.config.use_cache = False  # X-LoRA asks for it.

@@ -25,7 +25,10 @@ class Server:
     self._process = subprocess.Popen(
         [sys.executable, "-m", "tests.experiments.forks"], cwd=root,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": str(root)})
+        env=os.environ | {
+            "PYTHONPATH": str(root),
+            # Runs of a test compile the same small programs again and again.
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"})
 
   def ask(self, **request):
     self._process.stdin.write(json.dumps(request) + "\n")

@@ -22,6 +22,8 @@ MOMENTS = {
     "while the adapter is written": "lora_jax.export.tensors:write:1",
     "after the last step": "experiments.report:summary:1",
 }
+# A run is started again for each: all of them with -m slow.
+FEW = "between steps", "while the adapter is written"
 TIMES = ("wall_seconds", "compile_seconds", "compiles", "tokens_per_s",
          "peak_host_bytes", "peak_device_bytes")
 
@@ -60,7 +62,9 @@ def test_a_run_has_every_step_once(whole):
   assert tokens == sorted(set(tokens))
 
 
-def test_kills_change_nothing(whole, run_command, tmp_path):
+@pytest.mark.parametrize("moments", [
+    FEW, pytest.param(tuple(MOMENTS), marks=pytest.mark.slow)], ids=len)
+def test_kills_change_nothing(moments, whole, run_command, tmp_path):
   folder = tmp_path / "run"
 
   def has_line(step):
@@ -72,11 +76,12 @@ def test_kills_change_nothing(whole, run_command, tmp_path):
             and not (folder / "checkpoints/sha256" / f"{step}.json").exists())
 
   # From outside: while the step compiles; while a checkpoint is written.
-  run_command.kill_when(lambda: has_line(0), folder, **RUN)
+  if moments != FEW:
+    run_command.kill_when(lambda: has_line(0), folder, **RUN)
   run_command.kill_when(lambda: writes_checkpoint(2), folder, **RUN)
   assert not (folder / "checkpoints/sha256/2.json").exists()
-  for moment, die in MOMENTS.items():
-    process = run_command.start(folder, die=die, **RUN)
+  for moment in moments:
+    process = run_command.start(folder, die=MOMENTS[moment], **RUN)
     assert process.wait(conftest.LIMIT) == -9, moment
   with open(folder / "metrics.jsonl", "a") as f:
     f.write('{"step": 8, "lo')  # What a crash may leave.
@@ -113,6 +118,7 @@ def test_a_damaged_checkpoint_is_passed_over(whole, run_command, tmp_path):
   assert result(folder) == result(whole)
 
 
+@pytest.mark.slow  # As above, twice; and then it is a run like any other.
 def test_without_a_sound_checkpoint_it_starts_over(
     whole, run_command, tmp_path):
   folder = shutil.copytree(whole, tmp_path / "run")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+
 from experiments import trained
 from tests.experiments import conftest
 
 
+# Two runs and a third of one; test_resume.py kills runs, and those of
+# tests/export/test_starts_informed.py go on from such a start.
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_the_same_start(run_command, tmp_path):
   run = dict(adapter__init="lora_ga", adapter__init_batches=2,
              adapter__init_options="direction=ArBr", train__steps=4,

@@ -76,7 +76,13 @@ def _ours(config, base, adapters):
   return tiny.logits(config, base, TOKENS, POSITIONS, ONES, adapters)
 
 
-@pytest.mark.parametrize("case", CASES)
+# Seconds each; others have all that these have.
+LIKE_OTHERS = "llama lora", "qwen2 tied", "mistral none"
+
+
+@pytest.mark.parametrize("case", [
+    pytest.param(x, marks=pytest.mark.slow) if x in LIKE_OTHERS else x
+    for x in CASES])
 def test_transformers_computes_the_same(case, tmp_path):
   pytest.importorskip("torch")
   import transformers

@@ -75,10 +75,13 @@ def test_it_is_the_identity_on_an_unquantised_base(start, models, adapted):
   assert (moved == 0) == (start == "eva") == (model.replaced is None)
 
 
+# Every start, and every format; each is a pass over rows with gradients.
 @pytest.mark.parametrize("start, method, fmt", [
     ("corda", "lora", "none"), ("lora_ga", "dora", "none"),
-    ("corda", "rslora", "nf4"), ("lora_ga", "lora", "nf4"),
-    ("eva", "dora", "nf4"), ("eva", "rslora", "none")])
+    ("corda", "rslora", "nf4"),
+    pytest.param("lora_ga", "lora", "nf4", marks=pytest.mark.slow),
+    ("eva", "dora", "nf4"),
+    pytest.param("eva", "rslora", "none", marks=pytest.mark.slow)])
 def test_a_folder_gives_the_model_back(
     start, method, fmt, models, adapted, tmp_path):
   model = plain.trained(adapted(start, method, fmt))
@@ -93,7 +96,9 @@ def test_a_folder_gives_the_model_back(
 
 
 @pytest.mark.parametrize("start, method", [
-    ("corda", "rslora"), ("lora_ga", "dora"), ("lora_ga", "lora"),
+    pytest.param("corda", "rslora", marks=pytest.mark.slow),
+    ("corda", "lora"), ("lora_ga", "dora"),
+    pytest.param("lora_ga", "lora", marks=pytest.mark.slow),
     ("eva", "lora")])
 def test_peft_reads_the_folder(
     start, method, models, adapted, folder, tmp_path):
@@ -246,7 +251,9 @@ def test_rows_are_asked_for(models):
 
 
 @pytest.mark.parametrize("start, method, fmt", [
-    ("lora_ga", "lora", "nf4"), ("eva", "rslora", "none")])
+    ("lora_ga", "lora", "nf4"),
+    # Three runs, of which the base is as it was.
+    pytest.param("eva", "rslora", "none", marks=pytest.mark.slow)])
 def test_a_run_that_goes_on_ends_as_one_that_did_not_stop(
     start, method, fmt, models, rows, adapted, tmp_path):
   model = adapted(start, method, fmt)

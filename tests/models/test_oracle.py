@@ -303,11 +303,18 @@ def case(request, tmp_path_factory):
 
 
 def test_logits_equal_transformers(case):
-  name, folder, tokens, reference, attention = case
+  _, folder, tokens, reference, attention = case
   # A flat attention would hide errors in q, k, RoPE and the mask.
   assert attention[:, :, :, 4:].max(-1).mean() > 0.4
   config, base, _, _ = load.load(folder)
   assert tiny.distance(ours(config, base, tokens), reference) <= 2e-5
+
+
+# A program for each; that this test sees them changes with its cases alone.
+@pytest.mark.slow
+def test_every_switch_is_seen(case):
+  name, folder, tokens, reference, _ = case
+  config, base, _, _ = load.load(folder)
   for switch, edit in CASES[name][2].items():
     moved = tiny.distance(ours(*edit(config, base), tokens), reference)
     assert moved > 1e-2, switch

@@ -86,9 +86,18 @@ def test_parts_are_dequantised_where_they_are(report):
   assert "llm_int8 o_proj" not in found["housed"]
 
 
-@pytest.mark.parametrize("mesh", ["fsdp", "tensor", "mixed"])
+@pytest.mark.parametrize("mesh", ["fsdp", "mixed"])
 def test_codes_are_gathered_not_floats(report, mesh):
-  found = report[f"collectives {mesh}"]
+  check_collectives(report[f"collectives {mesh}"], mesh)
+
+
+@pytest.mark.slow  # The mixed mesh has its axis, too.
+def test_codes_are_gathered_along_the_model_s_axis_alone(tmp_path):
+  name = "collectives tensor"
+  check_collectives(measure(tmp_path, name)[name], "tensor")
+
+
+def check_collectives(found, mesh):
   least = eight.SMALLEST // eight.MESHES[mesh][2]
   assert len(found) > 10
   for operation, dtype, elements in found:

@@ -246,9 +246,12 @@ def cosine(ours, theirs):
   return product / (norms[0] * norms[1]) ** 0.5
 
 
-@pytest.mark.parametrize("fmt, method", [
-    ("nf4", "lora"), ("none", "dora")])
-def test_a_training_step_of_packed_rows(fmt, method, monkeypatch):
+# A program or two for each that is slow, ten seconds.
+@pytest.mark.parametrize("fmt, method, full", [
+    ("nf4", "lora", False),
+    pytest.param("nf4", "lora", True, marks=pytest.mark.slow),
+    pytest.param("none", "dora", False, marks=pytest.mark.slow)])
+def test_a_training_step_of_packed_rows(fmt, method, full, monkeypatch):
   parts = model(fmt, method)
   # As in bfloat16, and at a greater width.
   monkeypatch.setattr(decoder, "_joins", lambda *unused: method == "lora")
@@ -262,7 +265,7 @@ def test_a_training_step_of_packed_rows(fmt, method, monkeypatch):
   assert set(counts) == ({1, 2, 3} if method == "lora" else set())
   assert 1e-6 < abs(value - want) < 0.03
   assert 0.98 < cosine(found, grads) < 0.99999
-  if (fmt, method) == ("nf4", "lora"):
+  if full:
     again, same = loss_and_grads(parts, "fp8", remat="full")
     assert abs(again - value) < 1e-6 and cosine(found, same) > 0.99999
 

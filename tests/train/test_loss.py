@@ -106,7 +106,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [
+    # Two programs each; others have a head of this kind, too.
+    pytest.param(x, marks=pytest.mark.slow)
+    if x in ("untied", "tied, full") else x for x in CASES])
 def test_of_a_model_is_the_plain_one(case, monkeypatch):
   family, method, targets = CASES[case]
   config = tiny.CONFIGS[family]

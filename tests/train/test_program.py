@@ -150,14 +150,16 @@ def device(monkeypatch):
   return make
 
 
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("fail, every, back", [
-    (0, 0, 0),  # The first step.
-    (3, 0, 0),  # Nothing was saved since the start.
-    (3, 2, 2),
-    (4, 2, 4),  # Just after a checkpoint, when all that is pending failed.
-    (5, 2, 4),  # The last.
-])
+# Two runs each: those that are not slow have every kind, told late or not.
+@pytest.mark.parametrize("fail, every, back, late", [
+    pytest.param(*place, late, marks=() if late == (n % 2 == 1) else
+                 pytest.mark.slow) for n, place in enumerate([
+        (0, 0, 0),  # The first step.
+        (3, 0, 0),  # Nothing was saved since the start.
+        (3, 2, 2),
+        (4, 2, 4),  # Just after a checkpoint; all that is pending failed.
+        (5, 2, 4),  # The last.
+    ]) for late in (False, True)])
 def test_nothing_is_lost(fail, every, back, late, device, tmp_path, capsys):
   plain = device()
   expected = fit(tmp_path / "plain", every, evaluate=evaluate)

@@ -57,15 +57,19 @@ def _grads(params, frozen, base, batch):
 
 
 # All eight examples, in micro-batches with more or less padding; the large
-# batch is the one with a single micro-batch.
+# batch is the one with a single micro-batch. Of few shapes: each is a program.
 SPLITS = {
     "one row each": ([[i] for i in range(8)], (8, 1)),
-    "padding in one": ([[i] for i in (1, 5, 3, 7, 0, 2, 4, 6)], (2, 4)),
+    "padding in one": (
+        [[i] for i in (1, 5, 3, 7, 0, 2, 4, 6)] + [[] for _ in range(4)],
+        (3, 4)),
     "with empty rows": (
         [[0], [1], [2], [], [], [], [3], [], [4], [5], [6], [7]], (4, 3)),
     "an empty micro-batch": (
         [[i] for i in range(8)] + [[] for _ in range(4)], (3, 4)),
-    "packed": ([[1], [3, 2], [5, 4], [7, 0, 6]], (2, 2)),
+    "packed": (
+        [[1], [], [], [3, 2], [], [], [5, 4], [], [], [7, 0, 6], [], []],
+        (4, 3)),
 }
 
 
