@@ -21,6 +21,7 @@ from experiments import blocks
 from lora_jax import adapters as adapters_lib
 from lora_jax import api
 from lora_jax.api import training as training_lib
+from lora_jax.data import dataset as dataset_lib
 from lora_jax.data import sources
 from lora_jax.train import loop
 from lora_jax.train import optim as optim_lib
@@ -39,7 +40,8 @@ def main(count: int, steps: int, dtype: str) -> None:
   model = api.load(
       blocks.locate("asset:smollm2-135m-instruct"), quant="nf4", dtype=dtype)
   rows = model.encode(
-      sources.read(blocks.locate("asset:alpaca_en_demo")), max_length=256)
+      sources.read(blocks.locate("asset:alpaca_en_demo")), max_length=2**30)
+  rows, _ = dataset_lib.fit(rows, 256, "truncate")
   config = adapters_lib.AdapterConfig(method="lora", rank=16, alpha=32.0)
   with tempfile.TemporaryDirectory() as root:
     def training(name, seed):
