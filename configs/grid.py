@@ -74,6 +74,11 @@ def between(
           "low": low, "high": high}
 
 
+def rises(text: str, arm: Mapping[str, Any]) -> dict[str, Any]:
+  """The claim that an arm forgets: the loss of data.watch_path is higher."""
+  return {"text": text, "kind": "rises", "arm": dict(arm)}
+
+
 def same(
     text: str, arm: Mapping[str, Any], than: Mapping[str, Any],
     within: float = 0.01) -> dict[str, Any]:

@@ -201,7 +201,8 @@ class Trial:
         "step_bytes": (analysis.argument_size_in_bytes
                        + analysis.temp_size_in_bytes),
         "compile_seconds": compile_seconds,
-        "timed_with": os.environ.get("XLA_FLAGS", "")}
+        "timed_with": os.environ.get("XLA_FLAGS", ""),
+        "timed_commit": workdir_lib.git_commit()}
 
 
 @functools.cache

@@ -52,9 +52,10 @@ def page(found: list[dict[str, Any]]) -> str:
       "chosen, losses are of the other half. Intervals: 95%, paired bootstrap "
       "over rows, which says nothing about other seeds. Speed: median step of "
       "one adapter alone, all in one process after the other"
-      f"{_flags(found)}; memory: arguments and temporaries of that step's "
-      "program. A method's file holds its config, command and versions, its "
-      "loss at every rate, and that of every row at the best.",
+      f"{_flags(found)}, those with † in another run than the others, with "
+      "which they cannot be compared; memory: arguments and temporaries of "
+      "that step's program. A method's file holds its config, command and "
+      "versions, its loss at every rate, and that of every row at the best.",
       "",
       "| method | held-out loss | less LoRA's | rate | parameters | tok/s | "
       "memory, GiB |",
@@ -68,11 +69,20 @@ def page(found: list[dict[str, Any]]) -> str:
         f"| [{one['method']}]({one['method']}.json) | {one['loss']:.4f} | "
         f"{difference} | {one['rate']:g}{'*' if edge else ''} | "
         f"{one['parameters']:,} | "
-        f"{'' if speed is None else f'{speed:,.0f}'} | "
+        f"{'' if speed is None else f'{speed:,.0f}'}"
+        f"{_other(one, found)} | "
         f"{'' if memory is None else f'{memory / 2**30:.2f}'} |")
   return "\n".join([
       *lines, "", "\\* at the edge of the grid: a rate beyond it may be "
       "better.", "", "![held-out loss against parameters](loss.png)", ""])
+
+
+def _other(one: dict[str, Any], found: list[dict[str, Any]]) -> str:
+  """A mark, if it was timed in another run than most."""
+  runs = [f.get("timed_commit") for f in found if "step_seconds" in f]
+  if "step_seconds" not in one:
+    return ""
+  return "" if one.get("timed_commit") == max(runs, key=runs.count) else " †"
 
 
 def _all(found: list[dict[str, Any]], key: str, length: int) -> str:

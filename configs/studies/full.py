@@ -59,6 +59,7 @@ def claims(arg: str = "") -> list[dict[str, Any]]:
   """What the page says held or did not."""
   del arg
   return [
+      grid.rises("full fine-tuning forgets", FULL),
       grid.better("LoRA forgets at most half of what full fine-tuning does",
                   LORA, FULL, of="watched", times=0.5),
       grid.same("LoRA learns as much", LORA, FULL),

@@ -4,8 +4,8 @@
   python -m experiments.table --workdir=runs/sweeps/rank \\
       --output=docs/results/rank
 
-Writes README.md, table.csv, index.html (one file with everything in it) and
-the plots, by default into the sweep's folder `table`.
+Writes README.md, table.csv, cells.csv (every run), index.html (one file with
+everything in it) and the plots, by default into the sweep's folder `table`.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def make(
   text = ast.get_docstring(ast.parse(study.file.read_text())) or study.name
   title, _, text = text.partition("\n")
   page.write(
-      output, title=title, lines=page.header(study, found, environment),
+      output, found, title=title, lines=page.header(study, found, environment),
       table=page.rows(arms, baseline, commit), judged=judged,
-      pictures=plots.draw(arms, found, output), text=text.strip("\n"))
+      pictures=plots.draw(arms, found, baseline, output), text=text.strip("\n"))
   left = len(study.cells) - len(found)
   for one in judged:
     print(f"{one.verdict:10} {one.text}: {one.numbers}")

@@ -51,6 +51,26 @@ def rows(
   return found
 
 
+def _short(commit: str | None) -> str:
+  first, dash, dirty = str(commit).partition("-")
+  return first[:12] + dash + dirty
+
+
+def cells(found: Sequence[results.Run]) -> str:
+  """A line for every cell: where a table's numbers come from."""
+  out = io.StringIO()
+  writer = csv.writer(out, lineterminator="\n")
+  writer.writerow(["cell", "workdir", "commit", "loss_choosing_half",
+                   "loss_other_half", "tokens_per_s", "together"])
+  for run in found:
+    losses = [nll.sum() / weight.sum() for nll, weight in map(run.half, (0, 1))]
+    writer.writerow([
+        run.cell.name, f"cells/{run.cell.folder.name}", run.commit,
+        *(f"{loss:.6f}" for loss in losses),
+        run.summary.get("tokens_per_s"), run.summary.get("together", 1)])
+  return out.getvalue()
+
+
 def shown(table: Sequence[Sequence[str]]) -> tuple[
     tuple[str, ...], list[list[str]]]:
   """Columns that hold something, and their cells."""
@@ -67,7 +87,7 @@ def _interval(samples: statistics.Samples, sign: str = "") -> str:
 def header(study: cells_lib.Study, found: Sequence[results.Run],
            environment: dict[str, Any]) -> list[str]:
   """What made it: lines of text."""
-  commits = sorted({str(run.commit)[:12] for run in found})
+  commits = sorted({_short(run.commit) for run in found})
   seconds = sum(
       r.summary["wall_seconds"] / r.summary.get("together", 1) for r in found)
   together = max(r.summary.get("together", 1) for r in found)
@@ -75,7 +95,8 @@ def header(study: cells_lib.Study, found: Sequence[results.Run],
       f"Command: `python -m experiments.sweep --config={study.file}"
       f"{':' if study.arg else ''}{study.arg}`. Commit "
       f"{', '.join(commits)}; {environment.get('device')}; jax "
-      f"{environment.get('versions', {}).get('jax')}; {len(found)} cells, up "
+      f"{environment.get('versions', {}).get('jax')}; {len(found)} of "
+      f"{len(study.cells)} cells, up "
       f"to {together} side by side, {seconds:.0f} s in all. Loss: nats a token "
       "of the half of the held-out rows on which nothing was chosen; "
       "tok/s: of one cell, whose steps others may share; "
@@ -91,10 +112,10 @@ def markdown(title, lines, table, judged, pictures, text) -> str:
     parts += ["## Claims", "", "| claim | verdict | numbers |", "|---|---|---|",
               *(f"| {v.text} | **{v.verdict}** | {v.numbers} |"
                 for v in judged), ""]
-  columns, cells = shown(table)
+  columns, kept = shown(table)
   parts += ["## Arms", "", f"| {' | '.join(columns)} |",
             "|" + "---|" * len(columns),
-            *(f"| {' | '.join(row)} |" for row in cells), "",
+            *(f"| {' | '.join(row)} |" for row in kept), "",
             "\\* at the edge of what was tried. † has cells of another "
             "commit.", ""]
   parts += [f"![{p.stem}]({p.name})\n" for p in pictures]
@@ -142,10 +163,10 @@ def page(title, lines, table, judged, pictures, text) -> str:
     body += [f"<tr>{cell(v.text)}<td class='{v.verdict}'>{v.verdict}</td>"
              f"{cell(v.numbers)}</tr>" for v in judged]
     body.append("</table>")
-  columns, cells = shown(table)
+  columns, kept = shown(table)
   body.append("<h2>Arms</h2><table><tr>" + "".join(
       cell(c, "th") for c in columns) + "</tr>")
-  body += ["<tr>" + "".join(map(cell, row)) + "</tr>" for row in cells]
+  body += ["<tr>" + "".join(map(cell, row)) + "</tr>" for row in kept]
   body.append("</table>")
   for picture in pictures:
     data = base64.b64encode(picture.read_bytes()).decode()
@@ -156,9 +177,11 @@ def page(title, lines, table, judged, pictures, text) -> str:
           + "\n".join(body) + "\n")
 
 
-def write(folder: pathlib.Path, **parts: Any) -> None:
-  """README.md, table.csv and index.html."""
+def write(
+    folder: pathlib.Path, found: Sequence[results.Run], **parts: Any) -> None:
+  """README.md, table.csv, cells.csv and index.html."""
   folder.mkdir(parents=True, exist_ok=True)
+  (folder / "cells.csv").write_text(cells(found), encoding="utf-8")
   (folder / "README.md").write_text(markdown(**parts), encoding="utf-8")
   (folder / "table.csv").write_text(
       comma_separated(parts["table"]), encoding="utf-8")

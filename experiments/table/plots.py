@@ -15,12 +15,13 @@ from lora_jax.train import workdir as workdir_lib
 
 def draw(
     arms: Sequence[results.Arm], found: Sequence[results.Run],
-    folder: pathlib.Path) -> list[pathlib.Path]:
+    baseline: results.Arm, folder: pathlib.Path) -> list[pathlib.Path]:
   """Writes whatever pictures the arms allow.
 
   Args:
     arms: of the study.
     found: all runs, those that were not chosen too.
+    baseline: the arm that others are compared with.
     folder: where.
   """
   import matplotlib
@@ -33,7 +34,7 @@ def draw(
                         ("map", _map), ("pareto", _pareto),
                         ("range", _range)):
     figure, axes = pyplot.subplots(figsize=(7.2, 4.6), layout="constrained")
-    if picture(figure, axes, arms, found):
+    if picture(figure, axes, arms, found, baseline):
       made.append(folder / f"{name}.png")
       figure.savefig(made[-1], dpi=120)
     pyplot.close(figure)
@@ -45,26 +46,34 @@ def _lines(run, key):
   return {x["step"]: x[key] for x in lines if x.get(key) is not None}
 
 
-def _curves(figure, axes, arms, found):
-  """Held-out loss by step, the mean over seeds."""
-  del found, figure
-  colours = _colours(len(arms))
-  for colour, arm in zip(colours, arms, strict=True):
+def _curves(figure, axes, arms, found, baseline):
+  """How held-out losses fell, the mean over seeds."""
+  del found, figure, baseline
+  lowest, drawn = 0.0, False
+  for colour, arm in zip(_colours(len(arms)), arms, strict=True):
     curves = [_lines(run, "eval_loss") for run in arm.runs]
     steps = sorted(set.intersection(*(set(c) for c in curves)))
-    values = np.array([[c[s] for s in steps] for c in curves])
+    if len(steps) < 2:
+      continue
+    # Each from its own start: seeds hold out other rows.
+    values = np.array([[c[s] - c[steps[0]] for s in steps] for c in curves])
     axes.plot(steps, values.mean(0), "o-", ms=3, color=colour, label=arm.name)
     if len(curves) > 1:
       axes.fill_between(
-          steps, values.min(0), values.max(0), color=colour, alpha=0.15, lw=0)
-  axes.set(xlabel="step", ylabel="held-out loss (nats a token)",
+          steps, values.min(0), values.max(0), color=colour, alpha=0.12, lw=0)
+    lowest, drawn = min(lowest, values.min()), True
+  if not drawn:
+    return False
+  if lowest < 0:  # What diverges is out of sight.
+    axes.set_ylim(1.1 * lowest, -0.2 * lowest)
+  axes.set(xlabel="step", ylabel="held-out loss less that at step 0",
            title="mean over seeds; shaded: least to most")
   axes.grid(alpha=0.3)
   axes.legend(fontsize=7, ncols=1 + len(arms) // 12)
   return True
 
 
-def _factor(figure, axes, arms, found):
+def _factor(figure, axes, arms, found, baseline):
   """Loss against the one number in which arms differ, with intervals."""
   del found, figure
   numeric = _numeric(arms)
@@ -77,11 +86,13 @@ def _factor(figure, axes, arms, found):
       key = ", ".join(f"{k.rpartition('.')[2]}={v}"
                       for k, v in arm.fields.items() if k != field)
       rest.setdefault(key, []).append(arm)
-  for colour, (name, group) in zip(
-      _colours(len(rest)), rest.items(), strict=True):
+  for number, (colour, (name, group)) in enumerate(zip(
+      _colours(len(rest)), rest.items(), strict=True)):
     group = sorted(group, key=lambda a: a.fields[field])
-    x = [a.fields[field] for a in group]
-    losses = [a.loss() for a in group]
+    # Beside each other.
+    x = [a.fields[field] * 1.03 ** (number - (len(rest) - 1) / 2)
+         for a in group]
+    losses = [a.less(baseline) for a in group]
     low, high = np.array([s.interval() for s in losses]).T
     y = np.array([s.value for s in losses])
     axes.errorbar(x, y, [y - low, high - y], fmt="o-", capsize=3, ms=4,
@@ -91,17 +102,18 @@ def _factor(figure, axes, arms, found):
     ticks = sorted({a.fields[field] for a in arms if field in a.fields})
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.minorticks_off()
-  axes.set(xlabel=field, ylabel="held-out loss (nats a token)",
-           title="95% intervals over seeds and rows")
+  axes.axhline(0, color="0.6", lw=0.8)
+  axes.set(xlabel=field, title="95% intervals, paired by seed and row",
+           ylabel=f"held-out loss less that of {baseline.name}")
   axes.grid(alpha=0.3)
   if any(rest):
     axes.legend(fontsize=8)
   return True
 
 
-def _map(figure, axes, arms, found):
+def _map(figure, axes, arms, found, baseline):
   """Loss of every pair of values, of two numbers in which cells differ."""
-  del arms
+  del arms, baseline
   fields = sorted({k for run in found for k, v in run.cell.overrides.items()
                    if k != "seed" and _number(v)})
   if len(fields) != 2 or any(
@@ -120,26 +132,29 @@ def _map(figure, axes, arms, found):
     values[at] = np.mean(losses)
   if len(rows) < 2 or len(columns) < 2:
     return False
-  # Some rates diverge: colours tell the good ones apart.
-  shown = np.clip(values, None, np.nanpercentile(values, 75) + 1e-9)
-  image = axes.imshow(shown, aspect="auto", cmap="viridis_r")
+  # Above the lowest, in decades: some rates diverge, and colours are to tell
+  # the good ones apart.
+  above = values - np.nanmin(values)
+  shown = np.log10(np.clip(above, 1e-3, 1.0))
+  image = axes.imshow(shown, aspect="auto", cmap="viridis_r", vmin=-3, vmax=0)
   axes.set_yticks(range(len(rows)), [f"{r:g}" for r in rows])
   axes.set_xticks(range(len(columns)), [f"{c:g}" for c in columns])
   best = np.unravel_index(np.nanargmin(values), values.shape)
   for (i, j), value in np.ndenumerate(values):
     if np.isfinite(value):
       axes.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=8,
-                color="white" if shown[i, j] < np.nanmean(shown) else "black",
+                color="black" if shown[i, j] < -1.5 else "white",
                 fontweight="bold" if (i, j) == best else None)
   axes.set(xlabel=fields[1], ylabel=fields[0],
            title="held-out loss, mean over seeds; bold: the lowest")
-  figure.colorbar(image)
+  bar = figure.colorbar(image, ticks=[-3, -2, -1, 0], label="above the lowest")
+  bar.ax.set_yticklabels(["0.001 or less", "0.01", "0.1", "1 or more"])
   return True
 
 
-def _pareto(figure, axes, arms, found):
+def _pareto(figure, axes, arms, found, baseline):
   """Loss against trained parameters."""
-  del found, figure
+  del found, figure, baseline
   sizes = [arm.mean("trainable_parameters") or 0 for arm in arms]
   if len({s for s in sizes if s}) < 2:
     return False
@@ -148,7 +163,10 @@ def _pareto(figure, axes, arms, found):
     value = arm.loss().value
     front, best = value < best, min(best, value)
     axes.scatter(size, value, s=26, color="C0" if front else "0.6", zorder=3)
-    axes.annotate(arm.name, (size, value), xytext=(4, 4), fontsize=7,
+    # Names are inside: to the left of points on the right.
+    right = size > (min(s for s in sizes if s) * max(sizes)) ** 0.5
+    axes.annotate(arm.name, (size, value), xytext=(-5 if right else 5, 4),
+                  ha="right" if right else "left", fontsize=7,
                   textcoords="offset points")
   axes.set(xlabel="trained parameters", ylabel="held-out loss (nats a token)",
            title="blue: nothing smaller is better", xscale="log")
@@ -157,9 +175,9 @@ def _pareto(figure, axes, arms, found):
   return True
 
 
-def _range(figure, axes, arms, found):
+def _range(figure, axes, arms, found, baseline):
   """Smoothed training loss against the rate, of range tests."""
-  del figure, found
+  del figure, found, baseline
   tests = [(arm, run) for arm in arms for run in arm.runs
            if run.cell.config["optim"]["schedule"] == "range"]
   colours = dict(zip((arm.name for arm in arms), _colours(len(arms)),

@@ -3,14 +3,17 @@
   better  the arm's loss is lower than `times` another's by more than `by`
   same    the two differ by no more than `within`
   between a `field` of the arm's summaries is from `low` to `high`
+  rises   the loss of the arm's watched rows is higher than before training
 
 The loss is that of held-out rows, or, `of` watched rows, how much theirs rose.
 
 "better" holds if the 95% interval of the difference is below -by, and is
 refuted if it is above. "same" holds if the 90% interval is within the margin:
 two one-sided tests at 5% (Schuirmann 1987); it is refuted if the 95% interval
-is outside. "between" holds if it does for all seeds, and is refuted if it does
-for none. Anything else is undecided.
+is outside. "rises" holds if the 95% interval is above 0, and is refuted if it
+is below; a claim about a share of what another arm loses is undecided where
+that arm loses nothing. "between" holds if it does for all seeds, and is refuted
+if it does for none. Anything else is undecided.
 """
 
 from __future__ import annotations
@@ -65,6 +68,12 @@ def _better(claim, arm, than):
   low, high = difference.interval()
   verdict = (HELD if high < -by else REFUTED if low > -by else UNDECIDED)
   wanted = f"below {-by:+g}" if by else "below 0"
+  if claim.get("times", 1.0) != 1:
+    whole = than.loss(claim["of"]).interval()
+    if whole[0] <= 0:  # A share of nothing.
+      verdict, wanted = UNDECIDED, (
+          f"{wanted}, where {than.name}'s own [{whole[0]:+.4f}, "
+          f"{whole[1]:+.4f}] is above 0")
   return verdict, _text(
       arm, than, difference, (low, high), "95%", wanted,
       claim.get("times", 1.0))
@@ -96,6 +105,15 @@ def _text(
           f"{len(arm.runs)} seed{'s' * (len(arm.runs) > 1)}")
 
 
+def _rises(claim, arm):
+  del claim
+  change = arm.loss("watched")
+  low, high = change.interval()
+  return HELD if low > 0 else REFUTED if high < 0 else UNDECIDED, (
+      f"{arm.name}: {change.value:+.4f}, 95% [{low:+.4f}, {high:+.4f}], wanted "
+      f"above 0; {len(arm.runs)} seed{'s' * (len(arm.runs) > 1)}")
+
+
 def _between(claim, arm):
   values = [run.summary[claim["field"]] for run in arm.runs
             if run.summary.get(claim["field"]) is not None]
@@ -107,4 +125,5 @@ def _between(claim, arm):
       + f", wanted {claim['low']:.3g} to {claim['high']:.3g}")
 
 
-RULES = {"better": _better, "same": _same, "between": _between}
+RULES = {"better": _better, "same": _same, "between": _between,
+         "rises": _rises}

@@ -48,6 +48,17 @@ def test_a_claim_about_half_of_what_another_forgets(lora, full, verdict):
   assert f"{lora - full / 2:+.2f}"[:4] in found.numbers
 
 
+@pytest.mark.parametrize("change, verdict", [
+    (0.1, verdicts.HELD), (-0.1, verdicts.REFUTED)])
+def test_a_share_of_what_was_not_forgotten_says_nothing(change, verdict):
+  runs = [run("lora", -0.2), run("full", change)]
+  assert judged(grid.rises("it forgets", ARMS[1]), *runs).verdict == verdict
+  half = judged(grid.better("half", *ARMS, of="watched", times=0.5), *runs)
+  assert half.verdict == (
+      verdicts.HELD if change > 0 else verdicts.UNDECIDED)
+  assert ("is above 0" in half.numbers) == (change < 0)
+
+
 def test_the_table_shows_it_only_where_there_is_something():
   arms = results.arms([run("lora", 0.25), run("full", 0.5)], ())
   columns, cells = page.shown(page.rows(arms, arms[0], "a"))
