@@ -53,9 +53,8 @@ some = pytest.mark.parametrize("method", [
 def base_format(method):
   """Decoding seven weights is half of what is compiled, and the same for all:
   test_contract_formats.py has every method over quantised weights."""
-  return "nf4" if method in (
+  return "nf4" if contract.alike(method) or method in (
       "lora", "dora", "vera", "ia3", "houlsby", "prefix", "full") else "none"
-
 
 
 @functools.cache
