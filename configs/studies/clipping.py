@@ -3,7 +3,7 @@
   python -m experiments.sweep --config=configs/studies/clipping.py
   python -m experiments.sweep --config=configs/studies/clipping.py:runlocal
 
-Published: QLoRA (arXiv 2305.14314, appendix B.2) clips at 0.3; most others at 1;
+Published: QLoRA (arXiv 2305.14314, appendix B.2) clips at 0.3, others at 1.
 Adam's steps hardly depend on the gradient's size.
 
 Prediction: no difference at the usual learning rates; norms are logged as
