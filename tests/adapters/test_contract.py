@@ -32,8 +32,14 @@ def by_method(methods, fast):
       for m in methods])
 
 
+# Of each way into a model: on weights, with what layers share, by examples,
+# beside a module, before keys, at the embeddings, in place of weights.
+WHOLE = ("lora", "dora", "ia3", "vera", "lily", "xlora", "shadow", "houlsby",
+         "prefix", "llama_adapter", "prompt", "full", "bitfit")
+
+
 def compiled(method):
-  return method == "lora" or not contract.alike(method)
+  return method in WHOLE
 
 
 each = by_method(contract.METHODS, compiled)

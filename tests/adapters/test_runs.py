@@ -186,7 +186,8 @@ def equal_gradients(method, fmt, remat, host=False, offload=()):
 # Two programs each; `test_same_in_every_case` has all of LoRA's.
 @pytest.mark.parametrize("method, fmt, remat, host, offload", [
     ("lora", "none", "none", False, ()),
-    ("lora", "nf4", "full", True, ("activations",)),
+    pytest.param("lora", "nf4", "full", True, ("activations",),
+                 marks=pytest.mark.slow),
     pytest.param("dora", "nf4", "named", True, (), marks=pytest.mark.slow),
 ])
 def test_same_loss_and_gradients_as_one_stack(
@@ -285,7 +286,8 @@ def test_trained_modules_of_the_base_beside_runs():
       ours, theirs, rtol=1e-4, atol=1e-5 * float(np.abs(theirs).max()))
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", [
+    "lora", pytest.param("dora", marks=pytest.mark.slow)])
 def test_generation_reads_the_cache_by_layer(method):
   """Greedy tokens are those that whole passes give, one after the other."""
   tree, prompt = adapters(method), [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5]]

@@ -196,6 +196,8 @@ def test_gradients_do_not_depend_on_how_they_are_computed(how, noise):
   passes.check_gradients(base, tree, noise, **how)
 
 
+# Two more programs; test_contract.py has every method's bfloat16.
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "named"])
 def test_a_bf16_step_is_near_the_exact_one(remat):
   """Beside an NF4 base; there products of the same x are one."""
@@ -232,6 +234,8 @@ def test_layers_in_several_runs_compute_the_same():
     assert tiny.distance(leaf, trees.paths(others.shared)[path]) < 2e-5, path
 
 
+# Two runs of commands; test_shadow_files.py has the files.
+@pytest.mark.slow
 def test_a_run_is_saved_and_read(tmp_path):
   """Trained with dropout, packed, at LoRA+'s rates; generated from."""
   whole, rows = passes.whole()

@@ -240,6 +240,8 @@ def test_generation_is_what_whole_passes_give():
   passes.check_generation(*model())
 
 
+# Four programs; test_shadow.py has them of another method of two passes.
+@pytest.mark.slow
 # Each is a program of its own to compile: one is enough where all are tested.
 @pytest.mark.parametrize("how", [
     pytest.param({"remat": "named"}, marks=pytest.mark.slow),
@@ -318,6 +320,8 @@ def test_frozen_experts_are_not_trained():
     assert np.abs(leaf).max() > 0, path
 
 
+# Two runs of commands; test_xlora_files.py has the files.
+@pytest.mark.slow
 def test_a_run_is_saved_and_read(tmp_path):
   """Trained with dropout in the classifier, packed; generated from."""
   whole, rows = passes.whole()

@@ -107,6 +107,10 @@ def _become(request):
   if request["limit"] is not None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit"],) * 2)
+    # Which warns of every program that it cannot keep, in a file so small.
+    import jax
+
+    jax.config.update("jax_enable_compilation_cache", False)
   if request["die"]:
     _kill_at(*request["die"].split(":"))
   sys.argv = ["experiments/run.py", *request["argv"]]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.experiments import conftest
 from tests.experiments import test_resume
 
@@ -16,6 +18,8 @@ RUN = dict(
     train__checkpoint_every=3, optim__learning_rate=0.003)
 
 
+# Four runs; test_resume.py kills runs, train has its states' bytes.
+@pytest.mark.slow
 def test_codes_go_on_bit_by_bit(run_command, tmp_path):
   done = run_command(tmp_path / "whole", **RUN)
   assert done.code == 0, done.err

@@ -116,7 +116,16 @@ USAGE = {
 }
 
 
-@pytest.mark.parametrize("case", USAGE)
+def fast(cases, slow):
+  """Cases as parameters; those that another test tells as well are slow: each
+  loads a model."""
+  return [pytest.param(x, marks=pytest.mark.slow) if x in slow else x
+          for x in cases]
+
+
+# tests/data/test_dataset.py and test_formats.py, adapters/test_assemble.py.
+@pytest.mark.parametrize("case", fast(
+    USAGE, ("layers", "overlong", "data format")))
 def test_usage(case, run_command, tmp_path):
   overrides, *parts = USAGE[case]
   refused(run_command(tmp_path / "run", **overrides), 2, *parts)
@@ -149,8 +158,10 @@ def test_variants(variant, run_command, tmp_path):
     pytest.param(
         ["--config=configs/quickstart.py", "--config.adapter.rank=eight"], 2,
         ["adapter.rank", "eight"], marks=pytest.mark.slow),
-    (["--config=configs/quickstart.py", "--config.data.path=none.jsonl",
-      "--config.model.path=/nowhere/model"], 1, ["/nowhere/model"]),
+    pytest.param(
+        ["--config=configs/quickstart.py", "--config.data.path=none.jsonl",
+         "--config.model.path=/nowhere/model"], 1, ["/nowhere/model"],
+        marks=pytest.mark.slow),
 ], ids=["no config", "no such config", "flag", "type", "model"])
 def test_from_a_shell(argv, code, parts, tmp_path):
   """The real `python -m experiments.run`."""
@@ -183,7 +194,9 @@ DATA = {
 }
 
 
-@pytest.mark.parametrize("case", DATA)
+# tests/data/test_formats.py.
+@pytest.mark.parametrize("case", fast(DATA, (
+    "row of another kind", "missing field", "role", "empty completion")))
 def test_data(case, run_command, tmp_path):
   lines, overrides, parts = DATA[case]
   path = tmp_path / "rows.jsonl"
@@ -294,6 +307,9 @@ def test_no_write_permission(run_command, mounted):
   refused(done, 1, f"{folder}/run", "Read-only", "choose another --workdir")
 
 
+# Five runs in a small file system; test_file_too_large fails at the same
+# places.
+@pytest.mark.slow
 def test_full_disk(run_command, mounted, tmp_path):
   """The run stops, what is there stays, and goes on once there is room."""
   options = dict(train__checkpoint_every=1, train__eval_every=2,

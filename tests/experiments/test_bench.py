@@ -332,6 +332,8 @@ def test_what_is_wrong_is_said_before_anything_runs(
     run(monkeypatch, isolate=None, **overrides)
 
 
+# Starts processes; what they print is checked above.
+@pytest.mark.slow
 def test_starts_in_processes_of_their_own(monkeypatch, tmp_path):
   path = tmp_path / "out.jsonl"
   run(monkeypatch, f"--output={path}", parts="startup", train__packed=0,

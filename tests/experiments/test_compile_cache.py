@@ -54,6 +54,8 @@ def test_an_unwritable_folder_is_no_failure(config, monkeypatch, tmp_path):
   assert f"{tmp_path}/file/xla" in note
 
 
+# Two runs in processes of their own, without the tests' cache.
+@pytest.mark.slow
 def test_the_second_run_compiles_nothing_and_ends_alike(
     run_command, monkeypatch, tmp_path):
   monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path / "cache"))

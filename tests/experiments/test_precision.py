@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 
+import pytest
+
 from tests.experiments import conftest
 from tests.experiments import test_resume
 
@@ -17,6 +19,8 @@ RUN = dict(
     train__checkpoint_every=4, optim__learning_rate=0.01)
 
 
+# Four runs; test_resume.py kills runs, train/test_precision.py keeps states.
+@pytest.mark.slow
 def test_float16_goes_on_bit_by_bit(run_command, tmp_path):
   done = run_command(tmp_path / "whole", **RUN)
   assert done.code == 0, done.err

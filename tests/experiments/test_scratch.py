@@ -60,6 +60,8 @@ def test_it_learns_and_transformers_reads_it(folder):
       logits(ours), tiny.torch_logits(theirs, TOKENS), atol=2e-5)
 
 
+# A run more; test_reproduce.py has one that is the same again.
+@pytest.mark.slow
 def test_the_same_run_again_is_the_same(folder, run_command, tmp_path):
   done = run_command(tmp_path / "again", train__steps=8, **FULL)
   assert not done.code, done.err
@@ -69,6 +71,8 @@ def test_the_same_run_again_is_the_same(folder, run_command, tmp_path):
   assert one == other
 
 
+# Two runs; models/test_scratch.py reads the same as a checkpoint.
+@pytest.mark.slow
 def test_an_adapter_stands_beside_quantised_random_weights(
     run_command, tmp_path):
   done = run_command(tmp_path / "run", model__scratch=FIELDS, train__steps=2,

@@ -77,7 +77,9 @@ def _ours(config, base, adapters):
 
 
 # Seconds each; others have all that these have.
-LIKE_OTHERS = "llama lora", "qwen2 tied", "mistral none"
+LIKE_OTHERS = (
+    "llama lora", "qwen2 tied", "mistral none", "mistral rslora patterns",
+    "qwen3 int8 head adapted")
 
 
 @pytest.mark.parametrize("case", [

@@ -97,7 +97,13 @@ def _read(folder, config):
                           hf.fused_modules(config))
 
 
-@pytest.mark.parametrize("case", CASES)
+# test_interop.py has these methods; the others have fused modules, patterns.
+LIKE_OTHERS = "lora", "dora", "patterns", "fused", "fused dora"
+
+
+@pytest.mark.parametrize("case", [
+    pytest.param(x, marks=pytest.mark.slow) if x in LIKE_OTHERS else x
+    for x in CASES])
 def test_peft_loads_ours(case, tmp_path):
   pytest.importorskip("torch")
   peft = pytest.importorskip("peft")

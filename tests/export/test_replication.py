@@ -214,6 +214,8 @@ def test_generation_is_that_of_copied_weights(method):
       deep, base, None, prompts, max_new_tokens=6)
 
 
+# Three runs; the tests above have what each reads and computes.
+@pytest.mark.slow
 def test_training_goes_on_and_is_saved(tmp_path, monkeypatch):
   """`adapt`, a killed run, and a folder that is read again."""
   config, deep, base, _ = parts()

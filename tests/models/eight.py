@@ -43,8 +43,7 @@ MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 4, 2),
           "mixed": (2, 2, 2)}
 # Compiling for eight devices takes seconds: the mesh that cuts along every
 # axis, and one that a checkpoint of it goes on on.
-CASES = {"lora nf4": ("fsdp", "mixed"), "dora nf4": ("mixed",),
-         "full none": ("mixed",)}
+CASES = {"lora nf4": ("fsdp", "mixed"), "full none": ("mixed",)}
 EVERY = {f"{method} {fmt}": tuple(MESHES)
          for method in ("lora", "dora", "full") for fmt in ("nf4", "none")}
 # No clipping, so that Adam's first moment is the gradient; a large epsilon,

@@ -375,6 +375,8 @@ print(loaded.fingerprint)
 """
 
 
+# Two processes; the rename that it depends on is checked above.
+@pytest.mark.slow
 def test_two_processes_at_once(model, root, tmp_path, reads):
   """Both have written theirs before either gives it its name."""
   (tmp_path / "gate").mkdir()

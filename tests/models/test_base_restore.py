@@ -80,6 +80,8 @@ def test_eight_devices_hold_their_parts(stored):
     assert whole["held"] == [whole["size"]] * 8
 
 
+# Two processes; eight devices of one hold their parts in the next.
+@pytest.mark.slow
 def test_each_of_two_processes_reads_its_half(stored):
   for found in run(stored[0], 2, 4):
     for name in ("fsdp", "tensor"):

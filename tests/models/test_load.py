@@ -210,6 +210,8 @@ def _write_large(folder, config):
   return sorted(x.nbytes for x in tensors.values())
 
 
+# A process of its own, which converts a base and is measured.
+@pytest.mark.slow
 @pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_of_a_streaming_conversion(tmp_path):

@@ -22,6 +22,9 @@ FINGERPRINT = (
     "91db33f9b4518c02488a360b0fb17cc0fabcd52e115fecadfd7875dac645544e")
 
 
+# Loads the real model twice; test_oracle.py has its family, and .ci/run
+# trains it.
+@pytest.mark.slow
 # Most of the time is that of the two models for so many tokens.
 @pytest.mark.parametrize("shape", [
     (1, 200), pytest.param((4, 500), marks=pytest.mark.slow)], ids=str)

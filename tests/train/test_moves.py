@@ -78,6 +78,8 @@ def away(xs):
   return found == {"pinned_host"}
 
 
+# Compiles three steps; the others of this file move the same, one at a time.
+@pytest.mark.slow
 def test_a_budget_moves_base_and_states(
     plain, needs, tmp_path, capsys, monkeypatch):
   real, base, seen, compiled = step_lib.train_step, copied(), [], []

@@ -94,6 +94,8 @@ def loops(text):
           if "dynamic-slice-start" in part and "ENTRY" not in part]
 
 
+# Compiles a step for an H100; test_offload.py has its values.
+@pytest.mark.slow
 def test_a_layer_is_copied_while_another_computes(compiled):
   bodies = loops(compiled.as_text())
   assert len(bodies) == 2  # Forward and backward.

@@ -129,6 +129,8 @@ def left(params):
              for a in params.layers.values())
 
 
+# Six steps compiled; the others of this file have one.
+@pytest.mark.slow
 def test_adalora_in_every_number_format_and_over_a_restart(tmp_path):
   """float16, states in bfloat16 and 8 bits, in host memory: one program."""
   base, params, frozen, rules = adalora()
@@ -196,6 +198,8 @@ def test_a_run_logs_the_penalty_and_ends_pruned(tmp_path):
     late.train(rows, workdir=tmp_path / "b", config=loop.TrainConfig(steps=9))
 
 
+# A process of eight devices; test_contract_sharded.py has AdaLoRA's step.
+@pytest.mark.slow
 def test_adalora_on_eight_devices_prunes_what_it_does_on_one():
   done = subprocess.run(
       [sys.executable, "-m", "tests.train.rules_sharded"],

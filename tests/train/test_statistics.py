@@ -296,6 +296,8 @@ def test_a_tied_head_has_no_weight_of_its_own(base):
         settings=SETTINGS)
 
 
+# A process of eight devices.
+@pytest.mark.slow
 def test_sums_over_rows_that_are_cut_over_devices():
   done = subprocess.run(
       [sys.executable, "-m", "tests.train.statistics_mesh"],
