@@ -115,11 +115,23 @@ def test_the_folder_does_not_depend_on_signs_of_the_base(tmp_path):
       with_peft.logits(tree))
 
 
-def test_files_of_peft_are_refused(tmp_path):
+@pytest.mark.parametrize("fields, options", [
+    ({"alpha": 5.0}, {}), ({"alpha": 8.0, "dropout": 0.1}, {
+        "symmetric": True, "neumann": True, "terms": 4, "eps": 0.5})])
+def test_folders_with_a_and_b(fields, options, tmp_path):
+  found, tensors = with_peft.check(adapters_lib.AdapterConfig(
+      method="psoft", rank=4, targets="q_proj,down_proj",
+      options=options, **fields), tmp_path)
+  assert found.config.alpha == fields["alpha"]
+  assert {k.rpartition("psoft_")[2] for k in tensors} == {
+      "R.weight", "R.vector_a", "R.vector_b", "A", "B"}
+
+
+def test_files_without_a_and_b_are_refused(tmp_path):
   peft = pytest.importorskip("peft")
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     peft.get_peft_model(with_peft.torch_model(), peft.PsoftConfig(
         r=4, target_modules=["q_proj"])).save_pretrained(tmp_path)
-  with pytest.raises(errors.UserError, match='"PSOFT" is not supported'):
+  with pytest.raises(errors.UserError, match="has no psoft_A: PEFT does"):
     with_peft.read(tmp_path)

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import functools
 import json
+import pathlib
 import tempfile
 from unittest import mock
 import warnings
@@ -66,6 +67,23 @@ def peft_config(folder):
   return config
 
 
+@functools.cache
+def psoft():
+  """The functions of docs/FORMATS.md that hand over A and B of PSOFT."""
+  text = pathlib.Path(__file__).parents[2].joinpath(
+      "docs/FORMATS.md").read_text()
+  found = {}
+  exec(text.partition("```python\n")[2].partition("```")[0], found)
+  return found
+
+
+def loaded(model, folder):
+  """A model that PEFT has made of a folder, with what it has to be told."""
+  if model.peft_type == "PSOFT":
+    psoft()["take_factors"](model, folder / peft_export.WEIGHTS)
+  return model
+
+
 def save(model, folder):
   """PEFT's `save_pretrained`, with what PEFT 0.21.2 leaves out of X-LoRA.
 
@@ -80,6 +98,8 @@ def save(model, folder):
   with mock.patch.object(peft_files, "_filter_state_dict_for_adapter_name",
                          lambda tensors, names: tensors):
     model.save_pretrained(str(folder), selected_adapters=["default"])
+  if model.peft_type == "PSOFT":
+    psoft()["add_factors"](model, folder / peft_export.WEIGHTS)
   config, state = model.peft_config["default"], model.state_dict()
   if not getattr(config, "use_trainable_adapters", False):
     return
@@ -141,9 +161,9 @@ def check(config, tmp_path, keys=None, **more):
   write(tmp_path / "ours", config, tree)
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    model = peft.PeftModel.from_pretrained(
+    model = loaded(peft.PeftModel.from_pretrained(
         torch_model(), str(tmp_path / "ours"),
-        config=peft_config(tmp_path / "ours"))
+        config=peft_config(tmp_path / "ours")), tmp_path / "ours")
     assert tiny.distance(logits(tree), logits(None)) > 1e-3
     assert tiny.distance(
         logits(tree), tiny.torch_logits(
@@ -160,12 +180,12 @@ def check(config, tmp_path, keys=None, **more):
     place = tmp_path / "theirs" / peft_export.CONFIG
     place.write_text(json.dumps(json.loads(place.read_text()) | (keys or {})))
     expected = tiny.torch_logits(model, TOKENS, **more)
-  loaded = read(tmp_path / "theirs")
+  back = read(tmp_path / "theirs")
   assert tiny.distance(logits(None), expected) > 1e-3
-  known = adapters_lib.beside(loaded.adapters, base())
+  known = adapters_lib.beside(back.adapters, base())
   assert tiny.distance(logits(known), expected) <= 2e-5
   peft_export.write(
-      tmp_path / "again", loaded.adapters, loaded.peft_config, PATHS)
+      tmp_path / "again", back.adapters, back.peft_config, PATHS)
   first, second = tensors(tmp_path / "theirs"), tensors(tmp_path / "again")
   assert {k: (v.dtype, v.tobytes()) for k, v in first.items()} == {
       k: (v.dtype, v.tobytes()) for k, v in second.items()}
@@ -173,7 +193,7 @@ def check(config, tmp_path, keys=None, **more):
       json.loads((tmp_path / name / peft_export.CONFIG).read_text())
       for name in ("theirs", "again"))
   assert first_config == second_config
-  return loaded, first
+  return back, first
 
 
 def prompted(family, peft_config, folder):

@@ -123,7 +123,7 @@ def fast(cases, slow):
           for x in cases]
 
 
-# tests/data/test_dataset.py and test_formats.py, adapters/test_assemble.py.
+# tests/data/test_pipeline.py and test_formats.py, adapters/test_targets.py.
 @pytest.mark.parametrize("case", fast(
     USAGE, ("layers", "overlong", "data format")))
 def test_usage(case, run_command, tmp_path):
