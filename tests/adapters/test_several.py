@@ -29,10 +29,17 @@ CONFIG = contract.CONFIG
 ROWS = adapters_lib.METHODS
 ON_WEIGHTS = ("dora", "ia3", "lora", "vera")
 METHODS = (*ON_WEIGHTS, "houlsby", "prefix", "prompt")
-pairs = pytest.mark.parametrize(
-    "pair", list(itertools.combinations(METHODS, 2)), ids="+".join)
-ordered = pytest.mark.parametrize(
-    "pair", list(itertools.permutations(ON_WEIGHTS, 2)), ids="+".join)
+
+
+def each(pairs):
+  """Pairs; those of DoRA, which compile longest, are slow but with LoRA."""
+  return pytest.mark.parametrize("pair", [
+      pytest.param(x, marks=pytest.mark.slow)
+      if "dora" in x and "lora" not in x else x for x in pairs], ids="+".join)
+
+
+pairs = each(itertools.combinations(METHODS, 2))
+ordered = each(itertools.permutations(ON_WEIGHTS, 2))
 
 
 def block(method, **fields):

@@ -215,6 +215,8 @@ def test_a_bf16_step_is_near_the_exact_one(remat):
     assert tiny.distance(leaf, expected[path]) < 0.2, path
 
 
+# Two programs; test_runs.py has layers in several runs.
+@pytest.mark.slow
 def test_layers_in_several_runs_compute_the_same():
   """Those before the first that is adapted have a scan of their own."""
   base, tree = model(layers="2")

@@ -123,7 +123,13 @@ def theirs(torch_model, folder, **config):
   return tiny.torch_logits(found, with_peft.TOKENS)
 
 
-@pytest.mark.parametrize("name", sorted(tiny.CONFIGS))
+# Of families that differ most.
+FEW = "llama", "gemma3_text", "phi3"
+
+
+@pytest.mark.parametrize("name", [
+    x if x in FEW else pytest.param(x, marks=pytest.mark.slow)
+    for x in sorted(tiny.CONFIGS)])
 def test_shadows_of_every_family(name, tmp_path):
   """Windows, norms, biases, RoPE's extensions, fused modules, scaled
   embeddings: all are the small decoder's, too, of more layers than the

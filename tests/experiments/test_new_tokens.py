@@ -58,6 +58,8 @@ def test_the_new_rows_learn(whole):
   assert np.abs(saved - model.base.norm).max() > 1e-3
 
 
+# A run more; test_resume.py kills runs.
+@pytest.mark.slow
 @pytest.mark.slow  # As test_resume, with other trees.
 def test_a_kill_changes_nothing(whole, run_command, tied_model, tmp_path):
   folder = tmp_path / "run"
@@ -125,6 +127,8 @@ def test_a_base_without_the_tokens_is_refused(whole, tied_model):
 STARTS = dict(adapter__init="pissa", adapter__targets="q_proj,up_proj")
 
 
+# Two runs more; tests/export/test_starts.py has such starts' folders.
+@pytest.mark.slow
 @pytest.mark.slow  # Six runs of the command, for a second kind of run.
 def test_a_run_from_pissa_goes_on_exactly_or_not_at_all(
     run_command, tmp_path):

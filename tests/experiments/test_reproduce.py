@@ -42,6 +42,8 @@ def test_the_same_bits_come_out_again(done, run_command, tmp_path):
   assert a == b and set(a) == {"base", "rows", "held_out"}
 
 
+# A run more; what is compared is told by hand below.
+@pytest.mark.slow
 def test_other_rows_are_named(done, run_command, tmp_path):
   rows = done / "rows.jsonl"
   text = rows.read_text()

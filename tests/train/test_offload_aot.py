@@ -110,6 +110,8 @@ def test_a_layer_is_copied_while_another_computes(compiled):
     assert len(hidden) >= 0.9 * len(products)
 
 
+# Compiles a step for an H100; test_offload.py has its values.
+@pytest.mark.slow
 def test_the_copy_engine_copies_them(compiled):
   """What is linear in the loop's counter is no kernel; see `stream._copy`."""
   text = compiled.as_text()
@@ -122,6 +124,8 @@ def test_the_copy_engine_copies_them(compiled):
       assert "S(5)" in part and '"byte_stride"' in part, name
 
 
+# As above.
+@pytest.mark.slow
 def test_what_is_offloaded_is_in_host_memory(compiled):
   text = compiled.as_text()
   for shape in (f"u8[{CONFIG.n_layers},128,512]",  # Codes of gate_proj.
