@@ -30,9 +30,12 @@ def draw(
   from matplotlib import pyplot
 
   made = []
-  for name, picture in (("curves", _curves), ("factor", _factor),
-                        ("map", _map), ("pareto", _pareto),
-                        ("range", _range)):
+  # What a range test ends at is no result.
+  tests = any(run.cell.config["optim"]["schedule"] == "range" for run in found)
+  pictures = (("range", _range),) if tests else (
+      ("curves", _curves), ("factor", _factor), ("map", _map),
+      ("pareto", _pareto))
+  for name, picture in pictures:
     figure, axes = pyplot.subplots(figsize=(7.2, 4.6), layout="constrained")
     if picture(figure, axes, arms, found, baseline):
       made.append(folder / f"{name}.png")
@@ -159,8 +162,13 @@ def _pareto(figure, axes, arms, found, baseline):
   if len({s for s in sizes if s}) < 2:
     return False
   best = np.inf
-  for size, arm in sorted(zip(sizes, arms, strict=True), key=lambda p: p[0]):
-    value = arm.loss().value
+  # Of one size the best alone: names of the others would lie on each other.
+  kept: dict[float, tuple[float, results.Arm]] = {}
+  for size, arm in zip(sizes, arms, strict=True):
+    kept[size] = min(
+        kept.get(size, (np.inf, arm)), (arm.loss().value, arm),
+        key=lambda pair: pair[0])
+  for size, (value, arm) in sorted(kept.items()):
     front, best = value < best, min(best, value)
     axes.scatter(size, value, s=26, color="C0" if front else "0.6", zorder=3)
     # Names are inside: to the left of points on the right.
@@ -169,7 +177,7 @@ def _pareto(figure, axes, arms, found, baseline):
                   ha="right" if right else "left", fontsize=7,
                   textcoords="offset points")
   axes.set(xlabel="trained parameters", ylabel="held-out loss (nats a token)",
-           title="blue: nothing smaller is better", xscale="log")
+           title="the best of each size; blue: nothing smaller is better", xscale="log")
   axes.margins(x=0.12)
   axes.grid(alpha=0.3)
   return True
