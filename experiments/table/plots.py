@@ -177,7 +177,8 @@ def _pareto(figure, axes, arms, found, baseline):
                   ha="right" if right else "left", fontsize=7,
                   textcoords="offset points")
   axes.set(xlabel="trained parameters", ylabel="held-out loss (nats a token)",
-           title="the best of each size; blue: nothing smaller is better", xscale="log")
+           title="the best of each size; blue: nothing smaller is better",
+           xscale="log")
   axes.margins(x=0.12)
   axes.grid(alpha=0.3)
   return True
