@@ -12,6 +12,9 @@ layer is computed again with a `Replay`, where `keep` gives the value of the
 stack and hands the cotangent on to what made it, whose computation nothing
 reads any more. The layer's own input is kept in the same way.
 
+Under `vmap` a layer's values of all members stay together, as of one larger
+batch, so that they too are written where they stay: see `_swapped`.
+
 These are three of `keep.Keep`.
 """
 
@@ -81,14 +84,60 @@ class Replay:
     return jax.tree.map(lambda x: _instead(x, next(self._values)), value)
 
 
+@jax.custom_batching.custom_vmap
 def _written(stack, x, number):
   return jax.lax.dynamic_update_index_in_dim(
       stack, x, number, 0, allow_negative_indices=False)
 
 
+@jax.custom_batching.custom_vmap
 def _read(stack, number):
   return jax.lax.dynamic_index_in_dim(
       stack, number, keepdims=False, allow_negative_indices=False)
+
+
+def _empty(depth, like, given):
+  """A stack of values like one; of each member if any of `given` is."""
+
+  @jax.custom_batching.custom_vmap
+  def empty(*given):
+    del given
+    return jax.lax.empty((depth, *like.shape), like.dtype)
+
+  @empty.def_vmap
+  def _(size, batched, *given):
+    del batched
+    whole = jax.ShapeDtypeStruct((size, *like.shape), like.dtype)
+    return _swapped(_empty(depth, whole, given)), True
+
+  return empty(*given)
+
+
+@_written.def_vmap
+def _(size, batched, stack, x, number):
+  stack, x = (_of_all(size, *one) for one in zip(batched, (stack, x)))
+  return _swapped(
+      _written(_swapped(stack), x, number)), True
+
+
+@_read.def_vmap
+def _(size, batched, stack, number):
+  del size, batched
+  return _read(_swapped(stack), number), True
+
+
+def _of_all(size, batched, x):
+  return x if batched else jnp.broadcast_to(x, (size, *x.shape))
+
+
+def _swapped(stack):
+  """A stack `[m, l, ...]`, as `vmap` sees it, is `[l, m, ...]` in memory.
+
+  The axes change their order, the elements do not: nobody but `_read` looks
+  into a stack, and what is made for all members is written in place.
+  """
+  m, l, *rest = stack.shape
+  return stack.reshape(l, m, *rest)
 
 
 @jax.custom_vjp
@@ -135,10 +184,11 @@ def _forward(body, shared, carry, xs):
 
   found: list[jax.ShapeDtypeStruct] = []
   jax.eval_shape(shapes, carry, jax.tree.map(lambda x: x[0], xs))
-  empty = lambda number, like: jax.lax.empty((number, *like.shape), like.dtype)
+  given = jax.tree.leaves((shared, carry, xs))
+  zero, last = jnp.int32(0), jnp.int32(depth)
   # One more: a layer's output is the next one's input.
   inputs = jax.tree.map(
-      lambda x: _written(empty(depth + 1, x), x, 0), carry)
+      lambda x: _written(_empty(depth + 1, x, given), x, zero), carry)
 
   def step(state, xs):
     number, inputs, stacks = state
@@ -150,8 +200,8 @@ def _forward(body, shared, carry, xs):
     return (number + 1, inputs, keep.stacks), ys
 
   (_, inputs, stacks), ys = jax.lax.scan(
-      step, (jnp.int32(0), inputs, [empty(depth, like) for like in found]), xs)
-  out = jax.tree.map(lambda s: s[depth], inputs)
+      step, (zero, inputs, [_empty(depth, like, given) for like in found]), xs)
+  out = jax.tree.map(lambda s: _read(s, last), inputs)
   return (out, ys), (inputs, stacks, shared, trained, frozen)
 
 

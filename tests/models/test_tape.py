@@ -100,3 +100,34 @@ def test_values_come_back_in_order():
   np.testing.assert_array_equal(
       replay("mid", jnp.zeros(3, jnp.bfloat16)), [2] * 3)
   assert {"q", "mid"} <= set(remat.NAMES)
+
+
+@pytest.mark.parametrize("axes", [
+    (None, 0, None), (None, None, 0), (0, 0, 0), (0, None, None)])
+def test_under_vmap(axes):
+  """Members have their own stacks, whatever of theirs is their own."""
+  h, a, w, shared = operands()
+  many = [jax.tree.map(lambda x: jnp.stack([x, 2 * x, x[::-1]]), tree)
+          if axis == 0 else tree
+          for tree, axis in zip((h, a, shared), axes, strict=True)]
+
+  def members(run):
+    def one(h, a, shared):
+      return jax.value_and_grad(functools.partial(loss, run), (0, 1))(
+          h, a, w, shared)
+    return jax.jit(jax.vmap(one, axes), compiler_options=OPTIMISED)(*many)
+
+  jax.tree.map(functools.partial(
+      np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+               members(taped("up")), members(plain))
+
+
+def test_under_vmap_values_stand_as_of_one_batch():
+  """A layer's values of all members are neighbours."""
+  h, a, w, shared = operands()
+  text = jax.jit(jax.vmap(
+      jax.grad(functools.partial(loss, taped("up")), 1),
+      (0, None, None, None))).lower(
+          jnp.stack([h] * 5), a, w, shared).as_text()
+  stacks = re.findall(r"dynamic_update_slice.*-> tensor<([0-9x]+)xf32>", text)
+  assert f"{L}x5x{B}x{D}" in stacks and f"5x{L}x{B}x{D}" not in stacks
