@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import functools
+import math
 from typing import Any
 
 import jax
@@ -69,8 +70,11 @@ def matmul(
 
 def _outer(left: jax.Array, right: jax.Array) -> jax.Array:
   """`left^T right` `[i, o]` float32, a sum over tokens."""
+  # Of one axis: under `vmap`, XLA would transpose `left` for a sum over two.
+  left, right = (
+      x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) for x in (left, right))
   return jnp.einsum(
-      "...i,...o->io", left, right, preferred_element_type=jnp.float32)
+      "ni,no->io", left, right, preferred_element_type=jnp.float32)
 
 
 def _tall(a, below, dtype) -> jax.Array:
@@ -110,11 +114,28 @@ _low.defvjp(_low_forward, _low_backward)
 
 def _buffer(weight, b, start, below, dtype) -> jax.Array:
   """`[W ; B]`, `[i + below, o]`, B's rows from the one at `start` on."""
-  b = jnp.pad(
-      b.astype(dtype), ((start, below - start - b.shape[0]), (0, 0)))
+  return _extended(weight, jnp.pad(
+      b.astype(dtype), ((start, below - start - b.shape[0]), (0, 0))))
+
+
+def _extend(weight, b):
   if isinstance(weight, base.QuantizedArray) and weight.extensible:
-    return weight.dequantize(dtype, below=b)
-  return jnp.concatenate([registry.dequantize(weight, dtype), b])
+    return weight.dequantize(b.dtype, below=b)
+  return jnp.concatenate([registry.dequantize(weight, b.dtype), b])
+
+
+_extended: Any = jax.custom_batching.custom_vmap(_extend)
+
+
+@_extended.def_vmap
+def _(size, batched, weight, b):
+  """Dequantises once what all share, and copies that."""
+  if any(jax.tree.leaves(batched[0])):
+    axes = jax.tree.map(lambda one: 0 if one else None, tuple(batched))
+    return jax.vmap(_extend, axes)(weight, b), True
+  values = registry.dequantize(weight, b.dtype)
+  return jnp.concatenate(
+      [jnp.broadcast_to(values, (size, *values.shape)), b], axis=-2), True
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

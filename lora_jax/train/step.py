@@ -30,7 +30,12 @@ from lora_jax.train import precision as precision_lib
 # XLA for GPUs has cuBLAS write a product into its slice of a stack, or add to
 # what is there, only where it has not made it a fusion for Triton to compete
 # for: of a 7B model's step on an H100 that is 4%. See `models.tape`.
-COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+# Nor is it to put products of one x together, for which it copies weights side
+# by side, and the products apart again.
+COMPILER_OPTIONS: dict[str, Any] = {
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_dot_merger_threshold_mb": 0,
+}
 
 
 @struct.dataclass

@@ -108,3 +108,47 @@ def _form(weight):
   from lora_jax.kernels import plain
   return plain.Format(
       weight.decode, weight.block_size, 2, weight.levels())
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_members_share_what_is_dequantised(own):
+  """Under `vmap`: what each has alone, and one dequantisation for all."""
+  x, weights, factors = operands(("nf4", "none", "int4"))
+  many = lambda tree: jax.tree.map(
+      lambda y: jnp.stack([y, 2 * y, y[..., ::-1]]), tree)
+  xs, factors = many(x), many(factors)
+  given = weights
+  if own:
+    given = jax.tree.map(lambda y: jnp.stack([y] * 3), weights)
+  axes = (0, 0 if own else None, 0)
+
+  def grads(x, weights, factors):
+    return jax.grad(lambda x, factors: sum(
+        jnp.sum(jnp.sin(y)) for y in products(x, weights, factors)), (0, 1))(
+            x, factors)
+
+  got = jax.jit(jax.vmap(grads, axes))(xs, given, factors)
+  pick = lambda tree, i: jax.tree.map(lambda y: y[i], tree)
+  for i in range(3):
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+        pick(got, i), jax.jit(grads)(xs[i], weights, pick(factors, i)))
+
+
+def test_members_dequantise_once(monkeypatch):
+  """A weight that all share is not made with each member's rows below."""
+  x, weights, factors = operands(("nf4",) * 3)
+  seen = []
+  dequantize = quant.QuantizedArray.dequantize
+
+  def noted(self, dtype=jnp.float32, below=None):
+    seen.append(below)
+    return dequantize(self, dtype, below)
+
+  monkeypatch.setattr(quant.QuantizedArray, "dequantize", noted)
+  many = jax.tree.map(lambda y: jnp.stack([y, 2 * y]), factors)
+  jax.make_jaxpr(lambda x, factors: products(x, weights, factors))(x, factors)
+  assert not any(below is None for below in seen)
+  jax.make_jaxpr(jax.vmap(
+      lambda x, factors: products(x, weights, factors), (None, 0)))(x, many)
+  assert sum(below is None for below in seen) == len(weights)
