@@ -29,7 +29,6 @@ import numpy as np
 from lora_jax import errors
 from lora_jax import types
 from lora_jax.adapters import partition
-from lora_jax.kernels import attention as attention_lib
 from lora_jax.train import checkpoint as checkpoint_lib
 from lora_jax.train import compiles as compiles_lib
 from lora_jax.train import loop
@@ -208,7 +207,7 @@ class _Together:
     self.base, self.model = first.base, first.model
     settings = dataclasses.replace(
         first.settings, noise=any(m.task.settings.noise for m in members),
-        attention=_attention(first.settings.attention))
+        attention=dataclasses.replace(first.settings.attention, mapped=True))
     self.choice = memory_lib.start(
         settings, first.memory, first.batches.batch(0).tokens.shape[1])
     self.settings = self.choice.settings(settings)
@@ -321,17 +320,6 @@ class _Together:
     return jax.tree.map(
         lambda x, like: x[(one.number, *map(slice, like.shape))],
         self.state, one.like)
-
-
-def _attention(options: attention_lib.Options) -> attention_lib.Options:
-  """What computes attention under `vmap`, if that is left open.
-
-  jax 0.11.2 has a rule for cuDNN's that fails on a mask for all heads (it
-  reshapes the mask to theirs); tokamax's kernels were not tried.
-  """
-  if options.implementation != "auto":
-    return options
-  return dataclasses.replace(options, implementation="plain")
 
 
 def _stack(trees: Sequence[types.Tree]) -> types.Tree:

@@ -33,6 +33,9 @@ PREFERRED: dict[str, tuple[str, ...]] = {
     "single": ("splash", "tokamax", "cudnn"),
 }
 
+# What computes all that `vmap` adds at once; the others were not tried.
+MAPPED = ("cudnn",)
+
 
 def attention(
     q: types.Array,
@@ -81,8 +84,8 @@ def attention(
       scale, softcap, options, keep)
   module = chosen(call)
   out = module.run(call)
-  # tokamax hands on more than its output, and by itself.
-  return out if module is tokamax else keep("o", out)
+  # Some hand on more than their output, and by themselves.
+  return out if module in (cudnn, tokamax) else keep("o", out)
 
 
 def chosen(call: base.Call) -> Any:
@@ -106,6 +109,8 @@ def _automatic(call):
       or call.device.platform == "cpu"):
     return plain
   for name in PREFERRED[call.options.layout]:
+    if call.options.mapped and name not in MAPPED:
+      continue
     reason = IMPLEMENTATIONS[name].refuses(call)
     if reason is None:
       return IMPLEMENTATIONS[name]

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from lora_jax import keep as keep_lib
 from lora_jax import mesh as mesh_lib
 from lora_jax import types
 
+T = TypeVar("T")
 LAYOUTS = {
     "any": "positions and segments say everything",
     "packed": "key i is query i's token; segments are contiguous",
@@ -60,12 +61,14 @@ class Options:
     windows: all values that a traced window can take, ascending; empty if
       they are not known.
     mesh: devices that rows and heads are spread over, or None for one.
+    mapped: whether `vmap` adds an axis; `auto` then takes what has a rule.
   """
 
   implementation: str = "auto"
   layout: str = "any"
   windows: tuple[int, ...] = ()
   mesh: Mesh | None = None
+  mapped: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,8 +228,8 @@ def starts(segments: types.Array) -> types.Array:
 
 
 def each_window(
-    call: Call, run: Callable[[int | None], types.Array]
-) -> types.Array:
+    call: Call, run: Callable[[int | None], T]
+) -> T:
   """`run` of the window as a Python integer, also where it is traced.
 
   A stack of layers scanned over passes a traced window that takes one of few
@@ -237,7 +240,7 @@ def each_window(
     run: computes the call with a window, None if it reaches over the row.
 
   Returns:
-    `[b, t, h, e]`.
+    What it returns.
   """
   t, windows = call.q.shape[1], call.windows or ()
   reach = [w if w < t else None for w in windows]

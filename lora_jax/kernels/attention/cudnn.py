@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from lora_jax import types
 from lora_jax.kernels.attention import base
 from lora_jax.kernels.attention import plain
+from lora_jax.kernels.attention import rows
 
 
 def causal(call: base.Call) -> bool:
@@ -57,18 +58,31 @@ def attend(call: base.Call, name: Literal["cudnn", "xla"]) -> types.Array:
 
   Args:
     call: what to compute.
-    name: which of jax's implementations; `xla` is for tests.
+    name: which of jax's implementations; `xla` is for tests, and keeps what
+      a pullback of many small operations keeps.
   """
   mesh = call.options.mesh
   k, v = call.aligned() if causal(call) else (call.k, call.v)
   # jax cuts cuDNN's call itself, if its operands are cut alike.
-  q, k, v = (base.placed(mesh, x, base.HEADS) for x in (call.q, k, v))
+  operands = [base.placed(mesh, x, base.HEADS) for x in (call.q, k, v)]
   attention = functools.partial(
-      jax.nn.dot_product_attention, q, k, v, scale=call.scale,
-      implementation=name)
-  if not causal(call):
-    return attention(
-        mask=base.placed(mesh, plain.mask(call), ("batch", None, None, None)))
-  return base.each_window(call, lambda window: attention(
-      is_causal=True,
-      local_window_size=None if window is None else (window - 1, 0)))
+      jax.nn.dot_product_attention, scale=call.scale, implementation=name)
+  if causal(call):
+    def chosen(window):
+      return functools.partial(
+          attention, is_causal=True,
+          local_window_size=None if window is None else (window - 1, 0))
+  else:
+    operands.append(base.placed(
+        mesh, plain.mask(call), ("batch", None, None, None)))
+
+    def chosen(window):
+      del window
+      return lambda q, k, v, mask: attention(q, k, v, mask=mask)
+
+  def each(run):
+    return base.each_window(call, run) if causal(call) else run(None)
+
+  found = call.keep("o", each(
+      lambda window: rows.forward(chosen(window), operands)))
+  return each(lambda window: rows.attached(chosen(window), operands, found))
