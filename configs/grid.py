@@ -14,7 +14,7 @@ from typing import Any
 Cells = list[dict[str, Any]]
 
 # What most studies vary beside what they are about.
-RATES = {"optim.learning_rate": (1e-3, 3e-3)}
+RATES = {"optim.learning_rate": (3e-4, 1e-3, 3e-3)}
 SEEDS = {"seed": (0, 1, 2)}
 
 

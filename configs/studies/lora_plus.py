@@ -32,8 +32,7 @@ def sweep(arg: str = "") -> grid.Cells:
   ratios = {"optim.lora_plus_ratio": (1.0, 4.0, 16.0)}
   if arg == "runlocal":
     return grid.cross({"optim.lora_plus_ratio": (1.0, 16.0)})
-  return grid.cross(
-      ratios, {"optim.learning_rate": (3e-4, 1e-3, 3e-3)}, grid.SEEDS)
+  return grid.cross(ratios, grid.RATES, grid.SEEDS)
 
 
 def tuned(arg: str = "") -> tuple[str, ...]:

@@ -39,9 +39,7 @@ def sweep(arg: str = "") -> grid.Cells:
   """Ranks x learning rates x seeds."""
   if arg == "runlocal":
     return grid.cross({"adapter.rank": (1, 8, 16)})
-  return grid.cross(
-      {"adapter.rank": RANKS, "optim.learning_rate": (1e-3, 3e-3)},
-      {"seed": (0, 1, 2)})
+  return grid.cross({"adapter.rank": RANKS}, grid.RATES, grid.SEEDS)
 
 
 def tuned(arg: str = "") -> tuple[str, ...]:

@@ -33,8 +33,7 @@ def sweep(arg: str = "") -> grid.Cells:
   methods = {"adapter.method": ("lora", "rslora")}
   if arg == "runlocal":
     return grid.cross(methods)
-  return grid.cross(
-      methods, {"optim.learning_rate": (3e-4, 1e-3, 3e-3)}, grid.SEEDS)
+  return grid.cross(methods, grid.RATES, grid.SEEDS)
 
 
 def tuned(arg: str = "") -> tuple[str, ...]:
