@@ -34,7 +34,7 @@ def sweep(arg: str = "") -> grid.Cells:
   methods = {"adapter.method": ("lora", "dora")}
   if arg == "runlocal":
     return grid.cross(methods, {"adapter.rank": (4,)})
-  return grid.cross(methods, {"adapter.rank": (2, 4, 8, 16)}, grid.RATES,
+  return grid.cross(methods, {"adapter.rank": (2, 4, 8, 16)}, grid.TWO_RATES,
                     grid.SEEDS)
 
 

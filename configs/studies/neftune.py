@@ -34,7 +34,7 @@ def sweep(arg: str = "") -> grid.Cells:
   if arg == "runlocal":
     return grid.cross({FIELD: (0.0, 5.0)})
   return grid.cross(
-      {FIELD: (0.0, 5.0, 10.0, 15.0)}, grid.RATES, {"seed": (0, 1, 2)})
+      {FIELD: (0.0, 5.0, 10.0, 15.0)}, grid.TWO_RATES, {"seed": (0, 1, 2)})
 
 
 def tuned(arg: str = "") -> tuple[str, ...]:

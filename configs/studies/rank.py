@@ -39,7 +39,7 @@ def sweep(arg: str = "") -> grid.Cells:
   """Ranks x learning rates x seeds."""
   if arg == "runlocal":
     return grid.cross({"adapter.rank": (1, 8, 16)})
-  return grid.cross({"adapter.rank": RANKS}, grid.RATES, grid.SEEDS)
+  return grid.cross({"adapter.rank": RANKS}, grid.TWO_RATES, grid.SEEDS)
 
 
 def tuned(arg: str = "") -> tuple[str, ...]:

@@ -44,7 +44,7 @@ def sweep(arg: str = "") -> grid.Cells:
   starts.append({"adapter.init": "default", "quant.format": "none"})
   if arg == "runlocal":
     return grid.cross({"adapter.init": ("default", "gaussian")})
-  return grid.cross(starts, grid.RATES, grid.SEEDS)
+  return grid.cross(starts, grid.TWO_RATES, grid.SEEDS)
 
 
 def tuned(arg: str = "") -> tuple[str, ...]:

@@ -46,7 +46,7 @@ def make(
         "experiments.sweep")
   results.check_commits(found, mix)
   parts = results.parts(study)
-  arms = results.arms(found, parts.tuned)
+  arms = results.arms(found, parts.tuned, study.cells)
   baseline = (results.arm_of(arms, parts.baseline)
               if parts.baseline else None) or arms[0]
   judged = verdicts.judge(study.claims, arms)

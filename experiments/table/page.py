@@ -39,8 +39,8 @@ def rows(
         run.watched is not None for run in arm.runs) else None
     size, speed = arm.mean("trainable_parameters"), arm.mean("tokens_per_s")
     found.append([
-        arm.name + (" †" if mixed else ""), tuned, f"{loss.value:.4f}",
-        _interval(loss),
+        arm.name + " †" * mixed + " ‡" * bool(arm.missing), tuned,
+        f"{loss.value:.4f}", _interval(loss),
         "" if difference is None else f"{difference.value:+.4f}",
         "" if difference is None else _interval(difference, "+"),
         "" if difference is None else f"{adjusted[arm.name]:.3g}",
@@ -117,7 +117,7 @@ def markdown(title, lines, table, judged, pictures, text) -> str:
             "|" + "---|" * len(columns),
             *(f"| {' | '.join(row)} |" for row in kept), "",
             "\\* at the edge of what was tried. † has cells of another "
-            "commit.", ""]
+            "commit. ‡ some of its cells are not done.", ""]
   parts += [f"![{p.stem}]({p.name})\n" for p in pictures]
   return "\n".join(parts)
 

@@ -7,6 +7,7 @@ one half of the held-out rows; every number of the table is of the other half.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping, Sequence
 import dataclasses
 import json
@@ -79,6 +80,8 @@ class Arm:
     runs: in the order of the seeds.
     chosen: what it was tuned to, by field.
     edge: whether that is at an end of what was tried.
+    missing: of its cells, how many are not done: what it was tuned to is not
+      known then, nor what all seeds say.
   """
 
   name: str
@@ -86,6 +89,7 @@ class Arm:
   runs: tuple[Run, ...]
   chosen: Mapping[str, Any]
   edge: bool
+  missing: int = 0
 
   def loss(self, of: str = "held_out") -> statistics.Samples:
     """Nats a token; see `Run.of`."""
@@ -186,14 +190,26 @@ def check_commits(found: Sequence[Run], mix: bool) -> None:
         "--mix, which marks them")
 
 
-def arms(found: Sequence[Run], tuned: Sequence[str]) -> list[Arm]:
-  """The arms, in the order of the sweep."""
+def arms(
+    found: Sequence[Run], tuned: Sequence[str],
+    cells: Sequence[cells_lib.Cell] = ()) -> list[Arm]:
+  """The arms, in the order of the sweep.
+
+  Args:
+    found: cells that are done.
+    tuned: see `Parts`.
+    cells: all of them, for `Arm.missing`.
+  """
+  def its_arm(cell):
+    own = {k: v for k, v in cell.overrides.items()
+           if k != "seed" and k not in tuned}
+    return cells_lib.names([own])[0], own
+
+  wanted = collections.Counter(its_arm(cell)[0] for cell in cells)
   grouped: dict[str, dict[str, list[Run]]] = {}
   fields: dict[str, dict[str, Any]] = {}
   for run in found:
-    own = {k: v for k, v in run.cell.overrides.items()
-           if k != "seed" and k not in tuned}
-    name = cells_lib.names([own])[0]
+    name, own = its_arm(run.cell)
     fields[name] = own
     tried = json.dumps({k: run.cell.overrides[k] for k in tuned
                         if k in run.cell.overrides})
@@ -211,7 +227,8 @@ def arms(found: Sequence[Run], tuned: Sequence[str]) -> list[Arm]:
         if len(all_ := {json.loads(t)[key] for t in options}) > 1)
     made.append(Arm(
         name, fields[name], tuple(sorted(
-            options[best], key=lambda run: str(run.seed))), values, edge))
+            options[best], key=lambda run: str(run.seed))), values, edge,
+        max(0, wanted[name] - sum(map(len, options.values())))))
   return made
 
 

@@ -13,7 +13,8 @@ two one-sided tests at 5% (Schuirmann 1987); it is refuted if the 95% interval
 is outside. "rises" holds if the 95% interval is above 0, and is refuted if it
 is below; a claim about a share of what another arm loses is undecided where
 that arm loses nothing. "between" holds if it does for all seeds, and is refuted
-if it does for none. Anything else is undecided.
+if it does for none. Anything else is undecided. A claim about an arm some of
+whose cells are not done has no verdict yet.
 """
 
 from __future__ import annotations
@@ -53,6 +54,9 @@ def judge(
            if k in claim]
     if None in its:
       found.append(Verdict(claim["text"], OPEN, "its arms are not there"))
+    elif missing := [f"{arm.name}: {arm.missing} of its cells not done"
+                     for arm in its if arm and arm.missing]:
+      found.append(Verdict(claim["text"], OPEN, "; ".join(missing)))
     else:
       found.append(Verdict(claim["text"], *rule(claim, *its)))
   return found

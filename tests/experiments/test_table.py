@@ -140,6 +140,20 @@ def test_an_edge_of_what_was_tried_is_marked(sweep):
       "optim.learning_rate",)))
 
 
+def test_an_arm_some_of_whose_cells_are_not_done_has_no_verdict(
+    sweep, tmp_path):
+  gone = next(c for c in sweep.cells if c.overrides["adapter.rank"] == 2)
+  (gone.folder / "summary.json").unlink()
+  judged = table.make(tmp_path / "sweep", tmp_path / "out")
+  about = ["rank=2" in v.numbers for v in judged]
+  assert any(about)
+  for verdict, it_is in zip(judged, about, strict=True):
+    assert (verdict.numbers == "rank=2: 1 of its cells not done") == it_is
+    assert verdict.verdict == "not run" or not it_is
+  text = (tmp_path / "out/README.md").read_text()
+  assert "rank=2 ‡" in text and "rank=4 ‡" not in text
+
+
 def test_undecided_if_seeds_differ_by_more_than_is_claimed(sweep):
   arms = results.arms(results.runs(sweep.cells), ("optim.learning_rate",))
   claim = grid.same("", {"adapter.rank": 4}, {"adapter.rank": 2}, within=5e-5)
