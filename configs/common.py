@@ -60,6 +60,7 @@ def get_config() -> config_dict.ConfigDict:
   config.data.format = "auto"
   config.data.split = "train"
   config.data.rows = 0  # use the first so many rows; 0 is all
+  config.data.train_rows = 0  # train on so many that are not held out; 0: all
   # Leave out rows whose tokens are those of an earlier row, before rows are
   # held out.
   config.data.unique = False

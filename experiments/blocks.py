@@ -243,11 +243,11 @@ def check(config: Config) -> None:
                 attention.CHOICES)
   for block, name, least in (
       ("data", "max_length", 2), ("data", "eval_max_length", 2),
-      ("data", "rows", 0), ("data", "eval_rows", 0),
+      ("data", "rows", 0), ("data", "train_rows", 0), ("data", "eval_rows", 0),
       ("data", "watch_rows", 0), ("data", "eval_seed", -1),
       ("train", "samples", 0),
       ("train", "sample_tokens", 1)):
-    value = config[block][name]
+    value = config[block].get(name, least)  # Earlier versions lack some.
     if value < least:
       raise errors.UsageError(
           f"{block}.{name}={value} is out of range; use an integer of at "

@@ -23,7 +23,8 @@ def datasets(model: api.Model, config: dict[str, Any]) -> Data:
 
   Held-out rows are drawn from those of at most `data.eval_max_length`
   tokens; all others are trained on. Of equal rows `data.unique` keeps one, so
-  that none is on both sides.
+  that none is on both sides. What is held out does not depend on
+  `data.train_rows`.
   """
   block = config["data"]
   encode = lambda examples: model.encode(
@@ -59,6 +60,13 @@ def datasets(model: api.Model, config: dict[str, Any]) -> Data:
         examples, rows.select(rest), rows.select(chosen))
   else:
     others, chosen, train_rows, held_rows = examples, [], rows, None
+  # Runs of earlier versions do not have it.
+  if wanted := block.get("train_rows", 0):
+    if wanted > len(train_rows):
+      raise errors.UsageError(
+          f"data.train_rows={wanted}, but {len(train_rows)} rows of "
+          f"{block['path']} are not held out; lower it")
+    train_rows = train_rows.select(range(wanted))
   train_rows, counts = dataset_lib.fit(
       train_rows, block["max_length"], block["overlong"])
   print(f"data: {counts.kept} rows to train on ({counts.truncated} truncated, "

@@ -28,9 +28,9 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
 
 def sweep(arg: str = "") -> grid.Cells:
   """Rows x learning rates x seeds."""
-  rows = {"data.rows": (300, 500, 750, 999)}
+  rows = {"data.train_rows": (100, 200, 400, 799)}
   if arg == "runlocal":
-    return grid.cross({"data.rows": (100, 200)})
+    return grid.cross({"data.train_rows": (40, 160)})
   return grid.cross(rows, grid.RATES, grid.SEEDS)
 
 
@@ -41,6 +41,6 @@ def tuned(arg: str = "") -> tuple[str, ...]:
 
 def claims(arg: str = "") -> list[dict[str, Any]]:
   """What the page says held or did not."""
-  low, high = (100, 200) if arg == "runlocal" else (300, 999)
-  return [grid.better("more rows are better", {"data.rows": high},
-                      {"data.rows": low})]
+  low, high = (40, 160) if arg == "runlocal" else (100, 799)
+  return [grid.better("more rows are better", {"data.train_rows": high},
+                      {"data.train_rows": low})]

@@ -131,8 +131,10 @@ def _map(figure, axes, arms, found, baseline):
     nll, weight = run.half(1)
     sums.setdefault(at, []).append(nll.sum() / weight.sum())
   values = np.full((len(rows), len(columns)), np.nan)
+  # Rows that are held out, and so losses, are a seed's: fewer do not compare.
+  seeds = max(map(len, sums.values()))
   for at, losses in sums.items():
-    values[at] = np.mean(losses)
+    values[at] = np.mean(losses) if len(losses) == seeds else np.nan
   if len(rows) < 2 or len(columns) < 2:
     return False
   # Above the lowest, in decades: some rates diverge, and colours are to tell

@@ -220,7 +220,10 @@ def arms(
       return statistics.over_seeds(
           [run.half(0) for run in options[text]], resamples=1).value
 
-    best = min(options, key=chosen_on)
+    # Losses are of a seed's held-out rows: fewer seeds do not compare.
+    most = max(map(len, options.values()))
+    best = min((text for text, its in options.items() if len(its) == most),
+               key=chosen_on)
     values = json.loads(best)
     edge = any(
         value in (min(all_), max(all_)) for key, value in values.items()

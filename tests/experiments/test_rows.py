@@ -51,8 +51,16 @@ def test_no_row_is_held_out_and_trained_on(tmp_path, capsys):
   # Which are held out may depend on another seed than the run's.
   assert datasets(1)[1] != examples
   block["eval_seed"] = 0
-  assert datasets(1)[1] == examples
-  block["unique"] = False
+  (train, held), again, _ = datasets(1)
+  assert again == examples
+  # Nor on how many of the others are trained on.
+  block["train_rows"] = 2
+  (few, still), _, _ = datasets()
+  assert len(few) == 2 and few < train and still == held
+  block["train_rows"] = 6
+  with pytest.raises(errors.UserError, match=r"train_rows=6, but 5 rows of"):
+    datasets()
+  block |= {"train_rows": 0, "unique": False}
   (train, held), _, _ = datasets()
   assert train & held
 
