@@ -10,6 +10,7 @@ from experiments import blocks
 from lora_jax import api
 from lora_jax import errors
 from lora_jax import processes
+from lora_jax.api import settings
 from lora_jax.data import dataset as dataset_lib
 from lora_jax.data import sources
 from lora_jax.evaluate import statistics
@@ -56,7 +57,7 @@ def begin(
   if not config["data"].get("watch_path"):
     return lambda trained: {}
   watched = rows(model, config)
-  batch_size = config["train"]["batch_size"]
+  batch_size = settings.evaluated(config["train"]["batch_size"], watched)
   before = model.evaluate(watched, batch_size=batch_size)
 
   def end(trained: api.Model) -> dict[str, Any]:

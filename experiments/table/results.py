@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from experiments import finder
 from experiments import watched as watched_lib
 from experiments.sweep import cells as cells_lib
 from lora_jax import errors
@@ -155,9 +154,6 @@ def runs(cells: Sequence[cells_lib.Cell]) -> list[Run]:
     rows = json.loads((
         cell.folder / "evals" / f"{summary['steps']}.json").read_text())
     environment = workdir_lib.read_json(cell.folder / "environment.json") or {}
-    if cell.config["optim"]["schedule"] == "range":
-      summary |= finder.advice(workdir_lib.read_metrics(
-          cell.folder / "metrics.jsonl"))
     found.append(Run(
         cell, summary, environment.get("git_commit"),
         np.asarray(rows["nll"]), np.asarray(rows["weight"]),

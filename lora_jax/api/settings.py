@@ -4,12 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+
 from lora_jax.adapters import config as config_lib
 from lora_jax.adapters import registry
 from lora_jax.adapters import rules
+from lora_jax.data import dataset
 from lora_jax.train import memory as memory_lib
 from lora_jax.train import precision as precision_lib
 from lora_jax.train import step as step_lib
+
+# Tokens that an accelerator evaluates at a time, padding counted.
+EVALUATED = 8192
+
+
+def evaluated(batch_size: int, rows: dataset.Dataset) -> int:
+  """Rows to evaluate at a time: an accelerator takes more than it trains on,
+  which needs no memory for a backward pass.
+
+  Args:
+    batch_size: rows trained on at a time.
+    rows: what is evaluated.
+  """
+  if jax.default_backend() == "cpu":
+    return batch_size
+  return max(batch_size, EVALUATED // int(rows.lengths.max()))
 
 
 def settings(

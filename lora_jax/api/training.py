@@ -29,9 +29,6 @@ from lora_jax.train import precision as precision_lib
 from lora_jax.train import sinks as sinks_lib
 from lora_jax.train import step as step_lib
 
-# Tokens that an accelerator evaluates at a time, padding counted.
-EVALUATED = 8192
-
 # An `api.Model`, which this module is a part of.
 Model = Any
 
@@ -106,7 +103,8 @@ def prepare(
       neftune=config.neftune_noise_alpha)
   evaluate = None if held_out is None else (
       lambda *now: at(*now).evaluate(
-          held_out, batch_size=_evaluated(config.batch_size, held_out)))
+          held_out, batch_size=settings_lib.evaluated(
+              config.batch_size, held_out)))
   task = loop.Task(
       model=model.config, base=model.base, frozen=frozen,
       batches=pipeline.Batches(
@@ -131,14 +129,6 @@ def prepare(
       settings.rules))
   return Training(
       members_lib.Member(task, state, config, pathlib.Path(workdir)), at)
-
-
-def _evaluated(batch_size: int, rows: dataset_lib.Dataset) -> int:
-  """Rows to evaluate at a time: an accelerator takes more than it trains on,
-  which needs no memory for a backward pass."""
-  if jax.default_backend() == "cpu":
-    return batch_size
-  return max(batch_size, EVALUATED // int(rows.lengths.max()))
 
 
 def fit(

@@ -15,6 +15,7 @@ from lora_jax import trees
 from lora_jax.data import dataset
 from lora_jax.data import templates
 from lora_jax.evaluate import generate
+from lora_jax.models import cache as cache_lib
 from lora_jax.models import decoder
 from lora_jax.train import step as step_lib
 from tests import tiny
@@ -23,12 +24,58 @@ from tests.adapters import contract
 CONFIG = contract.CONFIG
 
 
+@functools.cache
+def xlora(**options):
+  """(base, adapters that matter) of X-LoRA of two projections."""
+  block = contract.block("xlora", targets="q_proj,up_proj,down_proj", options={
+      "experts": 3, "depth": 2, "size": 8, "layerwise": True} | options)
+  base, tree = adapters_lib.build(
+      jax.random.key(1), block, contract.quantised("none"),
+      tiny.paths(CONFIG), geometry=contract.GEOMETRY)
+  return base, contract.moved(tree, 0.3)
+
+
 @jax.jit
 def cached(base, tree, tokens, positions, segments, cache):
   """Logits of tokens after those of a cache, and the next one."""
   hidden, cache = decoder.forward(
       CONFIG, base, tree, tokens, positions, segments, cache=cache)
   return decoder.unembed(CONFIG, base, tree, hidden), cache
+
+
+def check_cache(base, tree, tokens, whole, cache):
+  """Rows of unequal length, by a prompt and then by token; one that stops; a
+  cache that grows: what passes over whole rows give.
+
+  Args:
+    base, tree: the model's.
+    tokens: `[3, 20]`.
+    whole: their logits.
+    cache: an empty one, for 10 tokens.
+
+  Returns:
+    The cache at the end.
+  """
+  lengths = np.asarray([7, 3, 5])
+  at = np.tile(np.arange(7, dtype=np.int32), (3, 1))
+  found, cache = cached(
+      base, tree, tokens[:, :7], at,
+      (at < lengths[:, None]).astype(np.int32), cache)
+  for i, n in enumerate(lengths):
+    assert tiny.distance(found[i, :n], whole[i, :n]) < 2e-5
+  for step in range(8):
+    if step == 2:
+      cache = cache_lib.grown(cache, 16)
+    place = lengths[:, None] + step
+    alive = np.ones_like(place)
+    alive[2] = step < 3
+    found, cache = cached(
+        base, tree, np.take_along_axis(tokens, place, 1), place, alive, cache)
+    for i in np.flatnonzero(alive):
+      assert tiny.distance(found[i, 0], whole[i, place[i, 0]]) < 2e-5
+  for one in (cache, cache.first):
+    np.testing.assert_array_equal(one.length, [15, 11, 8])
+  return cache
 
 
 @functools.partial(jax.jit, static_argnames=("remat", "tiles", "noise"))

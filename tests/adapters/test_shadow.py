@@ -143,33 +143,12 @@ def test_examples_of_a_row_do_not_see_each_other():
 
 
 def test_caches_of_both_give_what_whole_rows_do():
-  """Rows of unequal length, by a prompt and then by token; one that stops;
-  a cache that grows."""
   base, tree = model()
   tokens = np.random.default_rng(3).integers(0, 31, (3, 20)).astype(np.int32)
-  lengths = np.asarray([7, 3, 5])
-  at = np.tile(np.arange(7, dtype=np.int32), (3, 1))
-  whole = logits(base, tree, tokens)
   cache = cache_lib.init_cache(
       CONFIG, 3, 10, reader=beside.model(CONFIG, tree))
   assert cache.first.k.shape[0] == 2 and cache.k.shape[0] == 3
-  found, cache = passes.cached(
-      base, tree, tokens[:, :7], at,
-      (at < lengths[:, None]).astype(np.int32), cache)
-  for i, n in enumerate(lengths):
-    assert tiny.distance(found[i, :n], whole[i, :n]) < 2e-5
-  for step in range(8):
-    if step == 2:
-      cache = cache_lib.grown(cache, 16)
-    place = lengths[:, None] + step
-    alive = np.ones_like(place)
-    alive[2] = step < 3
-    found, cache = passes.cached(
-        base, tree, np.take_along_axis(tokens, place, 1), place, alive, cache)
-    for i in np.flatnonzero(alive):
-      assert tiny.distance(found[i, 0], whole[i, place[i, 0]]) < 2e-5
-  for one in (cache, cache.first):
-    np.testing.assert_array_equal(one.length, [15, 11, 8])
+  passes.check_cache(base, tree, tokens, logits(base, tree, tokens), cache)
 
 
 def test_a_cache_of_the_model_alone_is_refused():

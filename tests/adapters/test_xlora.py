@@ -139,15 +139,7 @@ def test_experts_drop_out_by_themselves():
 # --- both passes
 
 
-@functools.cache
-def model(**options):
-  """(base, adapters that matter) of two projections."""
-  block = contract.block("xlora", targets="q_proj,up_proj,down_proj", options={
-      "experts": 3, "depth": 2, "size": 8, "layerwise": True} | options)
-  base, tree = adapters_lib.build(
-      jax.random.key(1), block, contract.quantised("none"),
-      tiny.paths(CONFIG), geometry=contract.GEOMETRY)
-  return base, contract.moved(tree, 0.3)
+model = passes.xlora
 
 
 @jax.jit
@@ -188,51 +180,25 @@ def test_an_example_is_read_alone():
     assert tiny.distance(found, whole[:, 7:]) < 2e-5
 
 
-def rows(*lengths):
-  """Right-padded rows: tokens, positions, segments."""
-  t = max(lengths)
-  tokens = np.random.default_rng(3).integers(0, 31, (len(lengths), 20))
-  at = np.tile(np.arange(t, dtype=np.int32), (len(lengths), 1))
-  return tokens.astype(np.int32), at, (
-      at < np.asarray(lengths)[:, None]).astype(np.int32)
-
-
 def test_a_cache_of_both_passes_gives_what_whole_rows_do():
-  """Rows of unequal length, by a prompt and then by token; one that stops;
-  a cache that grows."""
   base, tree = model()
-  tokens, positions, segments = rows(7, 3, 5)
+  tokens = np.random.default_rng(3).integers(0, 31, (3, 20)).astype(np.int32)
   at = np.tile(np.arange(20, dtype=np.int32), (3, 1))
   whole = np.asarray(tiny.logits(
       CONFIG, base, tokens, at, np.ones_like(at), tree))
-  cache = cache_lib.init_cache(CONFIG, 3, 10, guided=True)
-  found, cache = passes.cached(
-      base, tree, tokens[:, :7], positions, segments, cache)
-  lengths = np.asarray([7, 3, 5])
-  for i, n in enumerate(lengths):
-    assert tiny.distance(found[i, :n], whole[i, :n]) < 2e-5
-  for step in range(8):
-    if step == 2:
-      cache = cache_lib.grown(cache, 16)
-    place = lengths[:, None] + step
-    alive = np.ones_like(place)
-    alive[2] = step < 3
-    found, cache = passes.cached(
-        base, tree, np.take_along_axis(tokens, place, 1), place, alive, cache)
-    for i in np.flatnonzero(alive):
-      assert tiny.distance(found[i, 0], whole[i, place[i, 0]]) < 2e-5
-  for one in (cache, cache.first):
-    np.testing.assert_array_equal(one.length, [15, 11, 8])
+  cache = passes.check_cache(
+      base, tree, tokens, whole,
+      cache_lib.init_cache(CONFIG, 3, 10, guided=True))
   # The passes do not see the same.
   assert tiny.distance(cache.first.k, cache.k) > 1e-3
 
 
 def test_a_cache_without_a_first_pass_is_refused():
   base, tree = model()
-  tokens, positions, segments = rows(4)
+  at = np.arange(4, dtype=np.int32)[None]
   with pytest.raises(ValueError, match="guided=True"):
     decoder.forward(
-        CONFIG, base, tree, tokens[:, :4], positions, segments,
+        CONFIG, base, tree, at, at, np.ones_like(at),
         cache=cache_lib.init_cache(CONFIG, 1, 8))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import warnings
 
@@ -19,20 +18,13 @@ from lora_jax.export import hf as hf_export
 from lora_jax.export import peft as peft_export
 from tests import tiny
 from tests.adapters import contract
+from tests.adapters import passes
 from tests.adapters import with_peft
 
 CONFIG = contract.CONFIG
 
 
-@functools.cache
-def model(**options):
-  """(base, adapters that matter) of two projections."""
-  block = contract.block("xlora", targets="q_proj,up_proj,down_proj", options={
-      "experts": 3, "depth": 2, "size": 8, "layerwise": True} | options)
-  base, tree = adapters_lib.build(
-      jax.random.key(1), block, contract.quantised("none"),
-      tiny.paths(CONFIG), geometry=contract.GEOMETRY)
-  return base, contract.moved(tree, 0.3)
+model = passes.xlora
 
 
 BLOCK = adapters_lib.AdapterConfig(
