@@ -3,9 +3,12 @@
   python -m experiments.table --workdir=runs/sweeps/rank
   python -m experiments.table --workdir=runs/sweeps/rank \\
       --output=docs/results/rank
+  python -m experiments.table --workdir=runs/sweeps/rank \\
+      --against=docs/results/rank
 
 Writes README.md, table.csv, cells.csv (every run), index.html (one file with
 everything in it) and the plots, by default into the sweep's folder `table`.
+--against says how far that is from results of the same study.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import pathlib
 from absl import flags
 
 from experiments import cli
+from experiments.table import against
 from experiments.table import page
 from experiments.table import plots
 from experiments.table import results
@@ -26,7 +30,8 @@ from lora_jax.train import workdir as workdir_lib
 
 
 def make(
-    folder: pathlib.Path, output: pathlib.Path, mix: bool = False
+    folder: pathlib.Path, output: pathlib.Path, mix: bool = False,
+    other: pathlib.Path | None = None,
 ) -> list[verdicts.Verdict]:
   """Everything that is made of a sweep.
 
@@ -34,6 +39,7 @@ def make(
     folder: of the sweep.
     output: where it goes.
     mix: whether cells may be of different commits.
+    other: results of the same study, to compare with.
 
   Raises:
     errors.UserError: if no cell is done, or they are of different commits.
@@ -66,6 +72,8 @@ def make(
   print(f"{output}/README.md, table.csv, index.html: {len(arms)} arms of "
         f"{len(found)} cells"
         + (f"; {left} cells are not done" if left else ""))
+  if other is not None:
+    print("\n".join(against.compare(other, found, arms, judged)))
   return judged
 
 
@@ -75,11 +83,14 @@ def main() -> None:
     raise errors.UsageError("--workdir is missing; give that of a sweep")
   folder = pathlib.Path(values.workdir)
   output = pathlib.Path(values.output) if values.output else folder / "table"
-  make(folder, output, values.mix)
+  other = pathlib.Path(values.against) if values.against else None
+  make(folder, output, values.mix, other)
 
 
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "Of a sweep.")
   flags.DEFINE_string("output", None, "Where; the sweep's folder by default.")
+  flags.DEFINE_string(
+      "against", None, "A folder of results of the same study to compare with.")
   flags.DEFINE_bool("mix", False, "Take cells of different commits together.")
   cli.run(main)

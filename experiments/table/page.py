@@ -32,14 +32,13 @@ def rows(
   found = []
   for arm in arms:
     loss, difference = arm.loss(), differences.get(arm.name)
-    tuned = ", ".join(f"{k.rpartition('.')[2]}={v:g}" for k, v in
-                      arm.chosen.items()) + ("*" if arm.edge else "")
     mixed = any(run.commit != main_commit for run in arm.runs)
     watched = arm.loss("watched") if all(
         run.watched is not None for run in arm.runs) else None
     size, speed = arm.mean("trainable_parameters"), arm.mean("tokens_per_s")
     found.append([
-        arm.name + " †" * mixed + " ‡" * bool(arm.missing), tuned,
+        arm.name + " †" * mixed + " ‡" * bool(arm.missing),
+        tuned_to(arm) + "*" * arm.edge,
         f"{loss.value:.4f}", _interval(loss),
         "" if difference is None else f"{difference.value:+.4f}",
         "" if difference is None else _interval(difference, "+"),
@@ -51,9 +50,21 @@ def rows(
   return found
 
 
+def tuned_to(arm: results.Arm) -> str:
+  """The values that were chosen for an arm."""
+  return ", ".join(
+      f"{k.rpartition('.')[2]}={v:g}" for k, v in arm.chosen.items())
+
+
 def _short(commit: str | None) -> str:
   first, dash, dirty = str(commit).partition("-")
   return first[:12] + dash + dirty
+
+
+def losses(run: results.Run) -> list[float]:
+  """Nats a token of both halves of the held-out rows."""
+  return [float(nll.sum() / weight.sum())
+          for nll, weight in map(run.half, (0, 1))]
 
 
 def cells(found: Sequence[results.Run]) -> str:
@@ -63,10 +74,9 @@ def cells(found: Sequence[results.Run]) -> str:
   writer.writerow(["cell", "workdir", "commit", "loss_choosing_half",
                    "loss_other_half", "tokens_per_s", "together"])
   for run in found:
-    losses = [nll.sum() / weight.sum() for nll, weight in map(run.half, (0, 1))]
     writer.writerow([
         run.cell.name, f"cells/{run.cell.folder.name}", run.commit,
-        *(f"{loss:.6f}" for loss in losses),
+        *(f"{loss:.6f}" for loss in losses(run)),
         run.summary.get("tokens_per_s"), run.summary.get("together", 1)])
   return out.getvalue()
 

@@ -173,6 +173,35 @@ def test_cells_of_different_commits_are_not_mixed(sweep, tmp_path):
   assert "bbbbbbbbbbbb" in text
 
 
+def test_against_committed_results(sweep, tmp_path, capsys):
+  out = tmp_path / "out"
+  table.make(tmp_path / "sweep", out)
+  capsys.readouterr()
+
+  def lines():
+    table.make(tmp_path / "sweep", tmp_path / "again", other=out)
+    return capsys.readouterr().out.partition("against ")[2].splitlines()
+
+  same = lines()
+  assert "27 cells of its 27 and of 27 here" in same[0]
+  assert "difference of a cell 0.0000" in same[0] and "0.0000 (" in same[1]
+  assert same[2:] == ["the same verdicts"]
+  text = (out / "README.md").read_text()
+  (out / "README.md").write_text(text.replace("**held**", "**refuted**", 1))
+  for name, old, new in (("table.csv", "learning_rate=0.2", "learning_rate=9"),
+                         ("cells.csv", "rank=1,", "rank=77,")):
+    path = out / name
+    path.write_text(path.read_text().replace(old, new, 1))
+  other = lines()
+  assert "26 cells of its 27 and of 27 here" in other[0]
+  assert other[1] == (
+      "rank=1: tuned to learning_rate=0.2, there to learning_rate=9")
+  assert "2 arms tuned alike" in other[2]
+  assert other[3].endswith(": held, there refuted") and len(other) == 4
+  with pytest.raises(errors.UserError, match=r"holds no cells\.csv"):
+    table.make(tmp_path / "sweep", out, other=tmp_path)
+
+
 def test_a_folder_without_results_says_what_to_do(tmp_path, sweep):
   with pytest.raises(errors.UserError, match=r"no sweep\.json"):
     table.make(tmp_path, tmp_path)
