@@ -12,8 +12,9 @@ layer is computed again with a `Replay`, where `keep` gives the value of the
 stack and hands the cotangent on to what made it, whose computation nothing
 reads any more. The layer's own input is kept in the same way.
 
-Under `vmap` a layer's values of all members stay together, as of one larger
-batch, so that they too are written where they stay: see `_swapped`.
+Under `vmap` the scan is one over layers of all members, whose values stand side
+by side as those of one larger batch do, and not one scan a member: what a layer
+makes for all is written where it stays.
 
 These are three of `keep.Keep`.
 """
@@ -57,16 +58,30 @@ class Record:
 
   Attributes:
     stacks: `[l, ...]`, in the order of the calls; as far as they were made,
-      with the values.
+      with the values. Of members `[l, m, ...]`.
+    member: what says, in a layer under `vmap`, that there are members.
   """
 
   def __init__(self, stacks: Sequence[jax.Array], number: jax.Array):
     self.stacks, self._number, self._next = list(stacks), number, 0
+    self.member: jax.Array | None = None
 
   def __call__(self, name: str, value: T) -> T:
     return (jax.tree.map(self._put, value) if name in remat.NAMES else value)
 
   def _put(self, x):
+    if self.member is None:
+      return self._write(x)
+    put: Any = jax.custom_batching.custom_vmap(lambda x, member: x)
+
+    @put.def_vmap
+    def _(size, batched, x, member):
+      del member  # Has members, whether x has or not.
+      return self._write(_of_all(size, batched[0], x)), True
+
+    return put(x, self.member)
+
+  def _write(self, x):
     n, self._next = self._next, self._next + 1
     self.stacks[n] = _written(self.stacks[n], x, self._number)
     return _read(self.stacks[n], self._number)
@@ -84,60 +99,14 @@ class Replay:
     return jax.tree.map(lambda x: _instead(x, next(self._values)), value)
 
 
-@jax.custom_batching.custom_vmap
 def _written(stack, x, number):
   return jax.lax.dynamic_update_index_in_dim(
       stack, x, number, 0, allow_negative_indices=False)
 
 
-@jax.custom_batching.custom_vmap
 def _read(stack, number):
   return jax.lax.dynamic_index_in_dim(
       stack, number, keepdims=False, allow_negative_indices=False)
-
-
-def _empty(depth, like, given):
-  """A stack of values like one; of each member if any of `given` is."""
-
-  @jax.custom_batching.custom_vmap
-  def empty(*given):
-    del given
-    return jax.lax.empty((depth, *like.shape), like.dtype)
-
-  @empty.def_vmap
-  def _(size, batched, *given):
-    del batched
-    whole = jax.ShapeDtypeStruct((size, *like.shape), like.dtype)
-    return _swapped(_empty(depth, whole, given)), True
-
-  return empty(*given)
-
-
-@_written.def_vmap
-def _(size, batched, stack, x, number):
-  stack, x = (_of_all(size, *one) for one in zip(batched, (stack, x)))
-  return _swapped(
-      _written(_swapped(stack), x, number)), True
-
-
-@_read.def_vmap
-def _(size, batched, stack, number):
-  del size, batched
-  return _read(_swapped(stack), number), True
-
-
-def _of_all(size, batched, x):
-  return x if batched else jnp.broadcast_to(x, (size, *x.shape))
-
-
-def _swapped(stack):
-  """A stack `[m, l, ...]`, as `vmap` sees it, is `[l, m, ...]` in memory.
-
-  The axes change their order, the elements do not: nobody but `_read` looks
-  into a stack, and what is made for all members is written in place.
-  """
-  m, l, *rest = stack.shape
-  return stack.reshape(l, m, *rest)
 
 
 @jax.custom_vjp
@@ -175,59 +144,157 @@ def _forward(body, shared, carry, xs):
   trained = jax.tree.map(lambda p: p.value if p.perturbed else None, xs)
   frozen = jax.tree.map(lambda p: None if p.perturbed else p.value, xs)
   shared, carry, xs = jax.tree.map(lambda p: p.value, (shared, carry, xs))
+  run: Any = jax.custom_batching.custom_vmap(
+      functools.partial(_recorded, body, None, None))
+
+  @run.def_vmap
+  def _(size, batched, shared, carry, xs):
+    carry = jax.tree.map(
+        functools.partial(_of_all, size), batched[1], carry)
+    out, ys, *stacks = _recorded(
+        body, size, batched, shared, carry, _layers_first(batched[2], xs))
+    ys = jax.tree.map(lambda y: jnp.moveaxis(y, 1, 0), ys)
+    found = (out, ys, *jax.tree.map(_swapped, stacks))
+    return found, jax.tree.map(lambda _: True, found)
+
+  out, ys, inputs, stacks = run(shared, carry, xs)
+  return (out, ys), (inputs, stacks, shared, trained, frozen)
+
+
+def _recorded(body, size, batched, shared, carry, xs):
+  """The last carry, the outputs, and stacks of layers' inputs and values.
+
+  Args:
+    body, shared, carry, xs: as of `scan`; of `size` members, if not None, whose
+      axis is the first, in `xs` behind that of layers. All carries have it, and
+      what `batched` (shared, carry, xs) says.
+  """
   depth = jax.tree.leaves(xs)[0].shape[0]
 
-  def shapes(carry, xs):
+  def shapes(shared, carry, xs):
+    trees = shared, carry, jax.tree.map(lambda x: x[0], xs)
+    if size is not None:
+      flags = batched[0], jax.tree.map(lambda _: True, carry), batched[2]
+      trees = jax.tree.map(lambda one, x: x[0] if one else x, flags, trees)
     keep = Shapes()
-    body(shared, carry, xs, keep)
+    body(*trees, keep)
     found.extend(keep.found)
 
   found: list[jax.ShapeDtypeStruct] = []
-  jax.eval_shape(shapes, carry, jax.tree.map(lambda x: x[0], xs))
-  given = jax.tree.leaves((shared, carry, xs))
-  zero, last = jnp.int32(0), jnp.int32(depth)
+  jax.eval_shape(shapes, shared, carry, xs)
+  lead = (depth,) if size is None else (depth, size)
+  empty = jax.lax.empty
   # One more: a layer's output is the next one's input.
-  inputs = jax.tree.map(
-      lambda x: _written(_empty(depth + 1, x, given), x, zero), carry)
+  inputs = jax.tree.map(lambda x: _written(
+      empty((depth + 1, *x.shape), x.dtype), x, 0), carry)
+  numbers = None if size is None else jnp.arange(size)
 
   def step(state, xs):
     number, inputs, stacks = state
     keep = Record(stacks, number)
-    carry, ys = body(
-        shared, jax.tree.map(lambda s: _read(s, number), inputs), xs, keep)
+
+    def layer(shared, carry, xs, keep_member):
+      keep.member = keep_member
+      return body(shared, carry, xs, keep)
+
+    arguments = (
+        shared, jax.tree.map(lambda s: _read(s, number), inputs), xs, numbers)
+    carry, ys = (layer if size is None else _of_members(
+        layer, size, (batched[0], None, batched[2], None)))(*arguments)
     inputs = jax.tree.map(
         lambda s, x: _written(s, x, number + 1), inputs, carry)
     return (number + 1, inputs, keep.stacks), ys
 
+  stacks = [empty((*lead, *like.shape), like.dtype) for like in found]
   (_, inputs, stacks), ys = jax.lax.scan(
-      step, (zero, inputs, [_empty(depth, like, given) for like in found]), xs)
-  out = jax.tree.map(lambda s: _read(s, last), inputs)
-  return (out, ys), (inputs, stacks, shared, trained, frozen)
+      step, (jnp.int32(0), inputs, stacks), xs)
+  return jax.tree.map(lambda s: s[depth], inputs), ys, inputs, stacks
 
 
 def _backward(body, residuals, cotangents):
   inputs, stacks, shared, trained, frozen = residuals
+  run: Any = jax.custom_batching.custom_vmap(
+      functools.partial(_replayed, body, None, None))
+
+  @run.def_vmap
+  def _(size, batched, kept, shared, d_carry, xs):
+    kept = jax.tree.map(
+        lambda one, s: _swapped(s) if one else s, batched[0], kept)
+    d_carry = jax.tree.map(
+        functools.partial(_of_all, size), batched[2], d_carry)
+    d_carry, d_trained = _replayed(
+        body, size, batched, kept, shared, d_carry,
+        _layers_first(batched[3], xs))
+    found = d_carry, jax.tree.map(
+        lambda x: jnp.moveaxis(x, 1, 0), d_trained)
+    return found, jax.tree.map(lambda _: True, found)
+
   d_carry, d_ys = cotangents
-  depth = jax.tree.leaves((trained, frozen))[0].shape[0]
+  d_carry, d_trained = run(
+      (inputs, stacks), shared, d_carry, (trained, frozen, d_ys))
+  return None, d_carry, d_trained
+
+
+def _replayed(body, size, batched, kept, shared, d_carry, xs):
+  """Cotangents of the first carry and of what is trained; see `_recorded`."""
+  depth = jax.tree.leaves(xs)[0].shape[0]
+
+  def layer(kept, shared, d_carry, xs):
+    (carry, values), (trained, frozen, d_ys) = kept, xs
+    _, pullback = jax.vjp(lambda carry, trained: body(
+        shared, carry, trees.combine(trained, frozen), Replay(values)),
+                          carry, trained)
+    return pullback((d_carry, d_ys))
+
+  if size is not None:
+    layer = _of_members(layer, size, (*batched[:2], None, batched[3]))
 
   def step(state, xs):
     number, d_carry = state
-    trained, frozen, d_ys = xs
-    carry, values = jax.tree.map(
-        lambda s: _read(s, number), (inputs, stacks))
-
-    def layer(carry, trained):
-      return body(
-          shared, carry, trees.combine(trained, frozen), Replay(values))
-
-    _, pullback = jax.vjp(layer, carry, trained)
-    d_carry, d_trained = pullback((d_carry, d_ys))
+    now = jax.tree.map(lambda s: _read(s, number), kept)
+    d_carry, d_trained = layer(now, shared, d_carry, xs)
     return (number - 1, d_carry), d_trained
 
   (_, d_carry), d_trained = jax.lax.scan(
-      step, (jnp.int32(depth - 1), d_carry), (trained, frozen, d_ys),
-      depth, reverse=True)
-  return None, d_carry, d_trained
+      step, (jnp.int32(depth - 1), d_carry), xs, depth, reverse=True)
+  return d_carry, d_trained
+
+
+def _of_members(function, size, batched):
+  """`function` of trees, of all members at once.
+
+  Args:
+    function: of one member's.
+    size: how many there are.
+    batched: of each tree, which of its leaves have their axis in front; None
+      for all.
+  """
+  def run(*arguments):
+    flags = [jax.tree.map(lambda _: True, tree) if some is None else some
+             for some, tree in zip(batched, arguments, strict=True)]
+    leaves, structure = jax.tree.flatten(arguments)
+    axes = [0 if one else None for one in jax.tree.leaves(flags)]
+    return jax.vmap(
+        lambda *leaves: function(*jax.tree.unflatten(structure, leaves)),
+        axes, axis_size=size)(*leaves)
+
+  return run
+
+
+def _of_all(size, batched, x):
+  return x if batched else jnp.broadcast_to(x, (size, *x.shape))
+
+
+def _layers_first(batched, xs):
+  return jax.tree.map(
+      lambda one, x: jnp.moveaxis(x, 0, 1) if one else x, batched, xs)
+
+
+def _swapped(stack):
+  """A stack `[m, l, ...]`, as `vmap` sees it between the two scans, is
+  `[l, m, ...]` in memory: the axes change their order, the elements do not."""
+  m, l, *rest = stack.shape
+  return stack.reshape(l, m, *rest)
 
 
 def _dense_backward(body, residuals, cotangents):
