@@ -123,11 +123,16 @@ def test_under_vmap(axes):
 
 
 def test_under_vmap_values_stand_as_of_one_batch():
-  """A layer's values of all members are neighbours."""
+  """A layer's values of all members are neighbours, written where they stay."""
   h, a, w, shared = operands()
-  text = jax.jit(jax.vmap(
+  lowered = jax.jit(jax.vmap(
       jax.grad(functools.partial(loss, taped("up")), 1),
-      (0, None, None, None))).lower(
-          jnp.stack([h] * 5), a, w, shared).as_text()
-  stacks = re.findall(r"dynamic_update_slice.*-> tensor<([0-9x]+)xf32>", text)
+      (0, None, None, None))).lower(jnp.stack([h] * 5), a, w, shared)
+  stacks = re.findall(
+      r"dynamic_update_slice.*-> tensor<([0-9x]+)xf32>", lowered.as_text())
   assert f"{L}x5x{B}x{D}" in stacks and f"5x{L}x{B}x{D}" not in stacks
+  # Not whole stacks, for each layer.
+  text = lowered.compile(compiler_options=OPTIMISED).as_text()
+  assert f"f32[{L},5,{B},{D}]" in text
+  assert not re.findall(
+      rf"f32\[(?:{L},5|5,{L}),{B},{D}\]\S* copy\(%(?:get-tuple|bitcast)", text)
