@@ -10,13 +10,12 @@ So whoever makes such a value puts it into the stack and goes on with what it
 reads there: `keep(name, value)`. Forwards that is a `Record`. Backwards the
 layer is computed again with a `Replay`, where `keep` gives the value of the
 stack and hands the cotangent on to what made it, whose computation nothing
-reads any more. The layer's own input is kept in the same way.
+reads any more. The layer's own input is kept in the same way. These are three
+of `keep.Keep`.
 
 Under `vmap` the scan is one over layers of all members, whose values stand side
 by side as those of one larger batch do, and not one scan a member: what a layer
 makes for all is written where it stays.
-
-These are three of `keep.Keep`.
 """
 
 from __future__ import annotations
@@ -26,6 +25,8 @@ import functools
 from typing import Any, TypeVar
 
 import jax
+import jax.extend.core as extend
+from jax.interpreters import partial_eval
 import jax.numpy as jnp
 
 from lora_jax import keep as keep_lib
@@ -144,8 +145,8 @@ def _forward(body, shared, carry, xs):
   trained = jax.tree.map(lambda p: p.value if p.perturbed else None, xs)
   frozen = jax.tree.map(lambda p: None if p.perturbed else p.value, xs)
   shared, carry, xs = jax.tree.map(lambda p: p.value, (shared, carry, xs))
-  run: Any = jax.custom_batching.custom_vmap(
-      functools.partial(_recorded, body, None, None))
+  run: Any = jax.custom_batching.custom_vmap(_pruned(
+      functools.partial(_recorded, body, None, None)))
 
   @run.def_vmap
   def _(size, batched, shared, carry, xs):
@@ -213,8 +214,8 @@ def _recorded(body, size, batched, shared, carry, xs):
 
 def _backward(body, residuals, cotangents):
   inputs, stacks, shared, trained, frozen = residuals
-  run: Any = jax.custom_batching.custom_vmap(
-      functools.partial(_replayed, body, None, None))
+  run: Any = jax.custom_batching.custom_vmap(_pruned(
+      functools.partial(_replayed, body, None, None)))
 
   @run.def_vmap
   def _(size, batched, kept, shared, d_carry, xs):
@@ -258,6 +259,21 @@ def _replayed(body, size, batched, kept, shared, d_carry, xs):
   (_, d_carry), d_trained = jax.lax.scan(
       step, (jnp.int32(depth - 1), d_carry), xs, depth, reverse=True)
   return d_carry, d_trained
+
+
+def _pruned(function):
+  """`function` without what is computed and not read: jax takes that out of a
+  program's scans, but does not look for it behind a rule for `vmap`."""
+
+  def run(*arguments):
+    closed, like = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    jaxpr, _ = partial_eval.dce_jaxpr(
+        closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
+    found = extend.jaxpr_as_fun(closed.replace(jaxpr=jaxpr))(
+        *jax.tree.leaves(arguments))
+    return jax.tree.unflatten(jax.tree.structure(like), found)
+
+  return run
 
 
 def _of_members(function, size, batched):
