@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+import dataclasses
 from typing import Any
 
 from experiments import blocks
@@ -18,28 +19,64 @@ Data = tuple[
     dataset_lib.Dataset, dataset_lib.Dataset | None, list[formats.Example]]
 
 
-def datasets(model: api.Model, config: dict[str, Any]) -> Data:
-  """Rows to train on, rows held out, and the held-out examples.
+# Fields of the data block that `encoded` reads.
+READ = ("path", "format", "split", "rows", "unique", "system")
 
-  Held-out rows are drawn from those of at most `data.eval_max_length`
-  tokens; all others are trained on. Of equal rows `data.unique` keeps one, so
-  that none is on both sides. What is held out does not depend on
-  `data.train_rows`.
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+  """All rows of `data.path`.
+
+  Attributes:
+    rows: their tokens.
+    examples: as they were read, one a row.
+    doubles: how many equal to earlier ones were left out; None if nobody
+      looked.
   """
+
+  rows: dataset_lib.Dataset
+  examples: list[formats.Example]
+  doubles: int | None
+
+
+def encoded(model: api.Model, config: dict[str, Any]) -> Encoded:
+  """Reads and tokenises `data.path`; of equal rows `data.unique` keeps one."""
   block = config["data"]
-  encode = lambda examples: model.encode(
-      examples, max_length=2**30, system=block["system"] or None)
   examples = sources.read(
       blocks.locate(block["path"]), block["format"], block["split"])
   examples = examples[:block["rows"] or None]
-  rows, doubles = encode(examples), None
-  if block.get("unique", False):  # Runs of earlier versions do not have it.
-    kept = dataset_lib.unique(rows)
-    doubles = len(rows) - len(kept)
-    rows, examples = kept, [examples[i] for i in kept.ids]
+  rows = _encode(model, examples, block)
+  if not block.get("unique", False):  # Runs of earlier versions: without it.
+    return Encoded(rows, examples, None)
+  kept = dataset_lib.unique(rows)
+  return Encoded(kept, [examples[i] for i in kept.ids], len(rows) - len(kept))
+
+
+def _encode(model, examples, block):
+  return model.encode(
+      examples, max_length=2**30, system=block["system"] or None)
+
+
+def datasets(
+    model: api.Model, config: dict[str, Any], known: Encoded | None = None
+) -> Data:
+  """Rows to train on, rows held out, and the held-out examples.
+
+  Held-out rows are drawn from those of at most `data.eval_max_length`
+  tokens; all others are trained on. With `data.unique` none is on both sides.
+  What is held out does not depend on `data.train_rows`.
+
+  Args:
+    model: its tokenizer.
+    config: resolved.
+    known: `encoded` of a config with the same tokenizer and READ fields.
+  """
+  block = config["data"]
+  known = known or encoded(model, config)
+  rows, examples = known.rows, known.examples
   if block["eval_path"]:
     others = sources.read(blocks.locate(block["eval_path"]), block["format"])
-    held = encode(others)
+    held = _encode(model, others, block)
     chosen = (held.lengths <= block["eval_max_length"]).nonzero()[0]
     chosen = chosen[:block["eval_rows"] or None]
     train_rows, held_rows = rows, held.select(chosen)
@@ -72,8 +109,8 @@ def datasets(model: api.Model, config: dict[str, Any]) -> Data:
   print(f"data: {counts.kept} rows to train on ({counts.truncated} truncated, "
         f"{counts.dropped} dropped at data.max_length={block['max_length']}), "
         f"{0 if held_rows is None else len(held_rows)} held out"
-        + ("" if doubles is None else f", {doubles} equal to earlier ones "
-           "left out"))
+        + ("" if known.doubles is None else
+           f", {known.doubles} equal to earlier ones left out"))
   return train_rows, held_rows, [others[int(i)] for i in chosen]
 
 

@@ -80,24 +80,30 @@ def plan(
 
 
 class Bench:
-  """Bases and data that several cells share; the last of each is kept."""
+  """Bases and data that several cells share; the last base is kept."""
 
   def __init__(self) -> None:
     self._bases: dict[str, api.Model] = {}
     self._data: dict[str, rows_lib.Data] = {}
+    self._encoded: dict[str, rows_lib.Encoded] = {}
 
   def model(self, config: dict[str, Any]) -> api.Model:
     key = base_key(config)
     if key not in self._bases:
       self._bases.clear()  # Before there are two of them.
-      self._data.clear()
       self._bases[key] = blocks.load(config, trains=True)
     return self._bases[key]
 
   def data(self, config: dict[str, Any]) -> rows_lib.Data:
-    key = json.dumps([config["data"], config["seed"]], sort_keys=True)
+    # Tokens depend on the model's tokenizer, not on how its base is held.
+    read = json.dumps([config["model"], {
+        name: config["data"].get(name) for name in rows_lib.READ}])
+    key = json.dumps([read, config["data"], config["seed"]], sort_keys=True)
     if key not in self._data:
-      self._data[key] = rows_lib.datasets(self.model(config), config)
+      model = self.model(config)
+      if read not in self._encoded:
+        self._encoded[read] = rows_lib.encoded(model, config)
+      self._data[key] = rows_lib.datasets(model, config, self._encoded[read])
     return self._data[key]
 
 

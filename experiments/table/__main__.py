@@ -63,7 +63,9 @@ def make(
   text = ast.get_docstring(ast.parse(study.file.read_text())) or study.name
   title, _, text = text.partition("\n")
   page.write(
-      output, found, title=title, lines=page.header(study, found, environment),
+      output, found, title=title, lines=page.header(
+          study, found, results.absent(study.cells, parts.tuned, arms),
+          environment),
       table=page.rows(arms, baseline, commit), judged=judged,
       pictures=plots.draw(arms, found, baseline, output), text=text.strip("\n"))
   left = len(study.cells) - len(found)

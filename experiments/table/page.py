@@ -95,8 +95,8 @@ def _interval(samples: statistics.Samples, sign: str = "") -> str:
 
 
 def header(study: cells_lib.Study, found: Sequence[results.Run],
-           environment: dict[str, Any]) -> list[str]:
-  """What made it: lines of text."""
+           absent: Sequence[str], environment: dict[str, Any]) -> list[str]:
+  """What made it, and which arms are not there: lines of text."""
   commits = sorted({_short(run.commit) for run in found})
   seconds = sum(
       r.summary["wall_seconds"] / r.summary.get("together", 1) for r in found)
@@ -107,7 +107,9 @@ def header(study: cells_lib.Study, found: Sequence[results.Run],
       f"{', '.join(commits)}; {environment.get('device')}; jax "
       f"{environment.get('versions', {}).get('jax')}; {len(found)} of "
       f"{len(study.cells)} cells, up "
-      f"to {together} side by side, {seconds:.0f} s in all. Loss: nats a token "
+      f"to {together} side by side, {seconds:.0f} s in all. "
+      + (f"Not run: {', '.join(absent)}. " if absent else "") +
+      "Loss: nats a token "
       "of the half of the held-out rows on which nothing was chosen; "
       "tok/s: of one cell, whose steps others may share; "
       "watched: how much the loss of data.watch_path rose; "

@@ -32,12 +32,9 @@ def draw(
   made = []
   # What a range test ends at is no result.
   tests = any(run.cell.config["optim"]["schedule"] == "range" for run in found)
-  pictures = (("range", _range),) if tests else (
-      ("curves", _curves), ("factor", _factor), ("map", _map),
-      ("pareto", _pareto))
-  for name, picture in pictures:
+  for name in ("range",) if tests else ("curves", "factor", "map", "pareto"):
     figure, axes = pyplot.subplots(figsize=(7.2, 4.6), layout="constrained")
-    if picture(figure, axes, arms, found, baseline):
+    if PICTURES[name](figure, axes, arms, found, baseline):
       made.append(folder / f"{name}.png")
       figure.savefig(made[-1], dpi=120)
     pyplot.close(figure)
@@ -53,6 +50,7 @@ def _curves(figure, axes, arms, found, baseline):
   """How held-out losses fell, the mean over seeds."""
   del found, figure, baseline
   lowest, drawn = 0.0, False
+  batches = {_batch(run) for arm in arms for run in arm.runs}
   for colour, arm in zip(_colours(len(arms)), arms, strict=True):
     curves = [_lines(run, "eval_loss") for run in arm.runs]
     steps = sorted(set.intersection(*(set(c) for c in curves)))
@@ -60,6 +58,8 @@ def _curves(figure, axes, arms, found, baseline):
       continue
     # Each from its own start: seeds hold out other rows.
     values = np.array([[c[s] - c[steps[0]] for s in steps] for c in curves])
+    if len(batches) > 1:  # Steps of different sizes do not compare.
+      steps = [s * _batch(arm.runs[0]) for s in steps]
     axes.plot(steps, values.mean(0), "o-", ms=3, color=colour, label=arm.name)
     if len(curves) > 1:
       axes.fill_between(
@@ -69,11 +69,18 @@ def _curves(figure, axes, arms, found, baseline):
     return False
   if lowest < 0:  # What diverges is out of sight.
     axes.set_ylim(1.1 * lowest, -0.2 * lowest)
-  axes.set(xlabel="step", ylabel="held-out loss less that at step 0",
+  axes.set(xlabel="step" if len(batches) == 1 else "rows trained on",
+           ylabel="held-out loss less that at step 0",
            title="mean over seeds; shaded: least to most")
   axes.grid(alpha=0.3)
   axes.legend(fontsize=7, ncols=1 + len(arms) // 12)
   return True
+
+
+def _batch(run):
+  """Rows a step."""
+  train = run.cell.config["train"]
+  return train["batch_size"] * train["accumulation"]
 
 
 def _factor(figure, axes, arms, found, baseline):
@@ -226,3 +233,8 @@ def _colours(n):
   from matplotlib import pyplot
 
   return pyplot.get_cmap("viridis")(np.linspace(0, 0.92, max(n, 1)))
+
+
+# Name -> what draws it, and says whether the arms allow it.
+PICTURES = {"curves": _curves, "factor": _factor, "map": _map,
+            "pareto": _pareto, "range": _range}

@@ -186,6 +186,22 @@ def check_commits(found: Sequence[Run], mix: bool) -> None:
         "--mix, which marks them")
 
 
+def _arm(cell, tuned):
+  """Name and fields of a cell's arm."""
+  own = {k: v for k, v in cell.overrides.items()
+         if k != "seed" and k not in tuned}
+  return cells_lib.names([own])[0], own
+
+
+def absent(
+    cells: Sequence[cells_lib.Cell], tuned: Sequence[str],
+    made: Sequence[Arm]) -> list[str]:
+  """Arms of which no cell is done."""
+  there = {arm.name for arm in made}
+  return [name for name in dict.fromkeys(_arm(c, tuned)[0] for c in cells)
+          if name not in there]
+
+
 def arms(
     found: Sequence[Run], tuned: Sequence[str],
     cells: Sequence[cells_lib.Cell] = ()) -> list[Arm]:
@@ -196,16 +212,11 @@ def arms(
     tuned: see `Parts`.
     cells: all of them, for `Arm.missing`.
   """
-  def its_arm(cell):
-    own = {k: v for k, v in cell.overrides.items()
-           if k != "seed" and k not in tuned}
-    return cells_lib.names([own])[0], own
-
-  wanted = collections.Counter(its_arm(cell)[0] for cell in cells)
+  wanted = collections.Counter(_arm(cell, tuned)[0] for cell in cells)
   grouped: dict[str, dict[str, list[Run]]] = {}
   fields: dict[str, dict[str, Any]] = {}
   for run in found:
-    name, own = its_arm(run.cell)
+    name, own = _arm(run.cell, tuned)
     fields[name] = own
     tried = json.dumps({k: run.cell.overrides[k] for k in tuned
                         if k in run.cell.overrides})

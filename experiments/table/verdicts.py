@@ -14,7 +14,8 @@ is outside. "rises" holds if the 95% interval is above 0, and is refuted if it
 is below; a claim about a share of what another arm loses is undecided where
 that arm loses nothing. "between" holds if it does for all seeds, and is refuted
 if it does for none. Anything else is undecided. A claim about an arm some of
-whose cells are not done has no verdict yet.
+whose cells are not done has no verdict yet; that an arm was tuned to an end of
+what was tried, so that its best may lie outside, is told with the numbers.
 """
 
 from __future__ import annotations
@@ -58,7 +59,10 @@ def judge(
                      for arm in its if arm and arm.missing]:
       found.append(Verdict(claim["text"], OPEN, "; ".join(missing)))
     else:
-      found.append(Verdict(claim["text"], *rule(claim, *its)))
+      verdict, numbers = rule(claim, *its)
+      found.append(Verdict(claim["text"], verdict, numbers + "".join(
+          f"; {arm.name} is at the edge of what was tried"
+          for arm in its if arm and arm.edge)))
   return found
 
 

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from experiments import blocks
+from experiments import reproduce
 from experiments import rows as rows_lib
+from experiments.sweep import together
 from lora_jax import errors
 from lora_jax.data import dataset
 from lora_jax.data import templates
@@ -23,15 +25,21 @@ def encode(examples, **_):
           np.ones(len(e.text), np.float32), e.source) for e in examples])
 
 
-def test_no_row_is_held_out_and_trained_on(tmp_path, capsys):
-  texts = [f"passage {i % 8}" for i in range(24)]
+TEXTS = [f"passage {i % 8}" for i in range(24)]
+
+
+def data_block(tmp_path):
   path = conftest.write_rows(
-      tmp_path / "rows.jsonl", [{"passage": text} for text in texts])
-  block = {
+      tmp_path / "rows.jsonl", [{"passage": text} for text in TEXTS])
+  return {
       "path": str(path), "format": "text", "split": "train", "rows": 0,
       "system": "", "unique": True, "eval_path": "", "eval_rows": 3,
       "eval_seed": -1, "eval_max_length": 64, "max_length": 64,
       "overlong": "truncate"}
+
+
+def test_no_row_is_held_out_and_trained_on(tmp_path, capsys):
+  texts, block = TEXTS, data_block(tmp_path)
   model = types.SimpleNamespace(encode=encode)
 
   def datasets(seed=0):
@@ -63,6 +71,32 @@ def test_no_row_is_held_out_and_trained_on(tmp_path, capsys):
   block |= {"train_rows": 0, "unique": False}
   (train, held), _, _ = datasets()
   assert train & held
+
+
+def test_cells_share_the_tokens_of_their_rows(tmp_path, monkeypatch):
+  calls = []
+  model = types.SimpleNamespace(
+      encode=lambda examples, **_: calls.append(0) or encode(examples))
+  monkeypatch.setattr(
+      together.Bench, "model", lambda self, config: model)
+  block = data_block(tmp_path)
+  changes = ({}, {"train_rows": 2}, {"eval_rows": 4})
+  configs = [
+      {"data": block | change, "seed": seed, "model": {"path": "one"}}
+      for seed in (0, 1) for change in changes]
+  bench = together.Bench()
+  shared = [bench.data(config) for config in configs]
+  assert len(calls) == 1
+  assert bench.data(configs[0]) is shared[0]
+  for config, found in zip(configs, shared, strict=True):
+    alone = rows_lib.datasets(model, config)
+    for a, b in zip(found[:2], alone[:2], strict=True):
+      assert reproduce.digest(a) == reproduce.digest(b)
+    assert found[2] == alone[2]
+  calls.clear()
+  bench.data(configs[0] | {"model": {"path": "other"}})
+  bench.data(configs[0] | {"data": block | {"unique": False}})
+  assert len(calls) == 2  # Another tokenizer; other rows.
 
 
 def test_what_a_run_has_not_made_yet(tmp_path, monkeypatch):

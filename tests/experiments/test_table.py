@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 
+from matplotlib import pyplot
 import numpy as np
 import pytest
 
 from configs import grid
 from experiments.sweep import cells as cells_lib
 from experiments.table import __main__ as table
+from experiments.table import plots
 from experiments.table import results
 from experiments.table import verdicts
 from lora_jax import errors
@@ -68,6 +70,12 @@ def finish(cell, commit="a" * 40):
   (cell.folder / "summary.json").write_text(json.dumps({
       "steps": 5, "wall_seconds": 2.0, "tokens_per_s": 10.0, "together": 2,
       "final_eval_loss": 1.0, "trainable_parameters": 100 * rank}))
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+  """They take seconds; one test looks at them."""
+  monkeypatch.setattr(plots, "draw", lambda *_: [])
 
 
 @pytest.fixture
@@ -134,14 +142,19 @@ def test_verdicts_and_tuning(sweep, tmp_path, capsys):
 
 
 def test_an_edge_of_what_was_tried_is_marked(sweep):
-  found = [r for r in results.runs(sweep.cells)
-           if r.cell.overrides["optim.learning_rate"] > 0.15]
-  assert all(arm.edge for arm in results.arms(found, (
-      "optim.learning_rate",)))
+  found = results.runs(sweep.cells)
+  arms = results.arms([
+      r for r in found if r.cell.overrides["optim.learning_rate"] > 0.15
+      or r.cell.overrides["adapter.rank"] == 1], ("optim.learning_rate",))
+  assert [arm.edge for arm in arms] == [False, True, True]
+  judged = verdicts.judge(sweep.claims, arms)
+  assert judged[0].verdict == "held" and judged[0].numbers.endswith(
+      "3 seeds; rank=2 is at the edge of what was tried")
+  assert "rank=1 is at" not in "".join(v.numbers for v in judged)
 
 
 def test_an_arm_some_of_whose_cells_are_not_done_has_no_verdict(
-    sweep, tmp_path):
+    sweep, tmp_path, no_pictures):
   gone = next(c for c in sweep.cells if c.overrides["adapter.rank"] == 2)
   (gone.folder / "summary.json").unlink()
   judged = table.make(tmp_path / "sweep", tmp_path / "out")
@@ -152,6 +165,29 @@ def test_an_arm_some_of_whose_cells_are_not_done_has_no_verdict(
     assert verdict.verdict == "not run" or not it_is
   text = (tmp_path / "out/README.md").read_text()
   assert "rank=2 ‡" in text and "rank=4 ‡" not in text
+  assert "Not run" not in text
+  for cell in sweep.cells:
+    if cell.overrides["adapter.rank"] == 2:
+      (cell.folder / "summary.json").unlink(missing_ok=True)
+  table.make(tmp_path / "sweep", tmp_path / "out")
+  text = (tmp_path / "out/README.md").read_text()
+  assert "18 of 27 cells" in text and "Not run: rank=2. Loss" in text
+
+
+def test_steps_of_different_sizes_are_drawn_over_rows(sweep):
+  figure, axes = pyplot.subplots(1, 2)
+  for one in axes:
+    arms = results.arms(results.runs(sweep.cells), ("optim.learning_rate",))
+    plots.PICTURES["curves"](figure, one, arms, [], arms[0])
+    for cell in sweep.cells:
+      if cell.overrides["adapter.rank"] == 2:
+        cell.config["train"] |= {"batch_size": 8, "accumulation": 3}
+  rows = sweep.cells[0].config["train"]["batch_size"]
+  assert [one.get_xlabel() for one in axes] == ["step", "rows trained on"]
+  assert [list(line.get_xdata()) for line in axes[0].lines] == [[0, 5]] * 3
+  assert [list(line.get_xdata()) for line in axes[1].lines] == [
+      [0, 5 * rows], [0, 5 * 24], [0, 5 * rows]]
+  pyplot.close(figure)
 
 
 def test_undecided_if_seeds_differ_by_more_than_is_claimed(sweep):
@@ -162,7 +198,8 @@ def test_undecided_if_seeds_differ_by_more_than_is_claimed(sweep):
     verdicts.judge([claim | {"kind": "smae"}], arms)
 
 
-def test_cells_of_different_commits_are_not_mixed(sweep, tmp_path):
+def test_cells_of_different_commits_are_not_mixed(
+    sweep, tmp_path, no_pictures):
   folder = sweep.cells[0].folder / "environment.json"
   folder.write_text(json.dumps({"git_commit": "b" * 40}))
   with pytest.raises(errors.UserError, match=r"bbbbbbbbbbbb \(1 cells\)"):
@@ -173,7 +210,8 @@ def test_cells_of_different_commits_are_not_mixed(sweep, tmp_path):
   assert "bbbbbbbbbbbb" in text
 
 
-def test_against_committed_results(sweep, tmp_path, capsys):
+def test_against_committed_results(
+    sweep, tmp_path, capsys, no_pictures):
   out = tmp_path / "out"
   table.make(tmp_path / "sweep", out)
   capsys.readouterr()
