@@ -60,9 +60,9 @@ def judge(
       found.append(Verdict(claim["text"], OPEN, "; ".join(missing)))
     else:
       verdict, numbers = rule(claim, *its)
-      found.append(Verdict(claim["text"], verdict, numbers + "".join(
-          f"; {arm.name} is at the edge of what was tried"
-          for arm in its if arm and arm.edge)))
+      if edge := [arm.name for arm in its if arm and arm.edge]:
+        numbers += f"; at the edge of what was tried: {', '.join(edge)}"
+      found.append(Verdict(claim["text"], verdict, numbers))
   return found
 
 

@@ -149,8 +149,8 @@ def test_an_edge_of_what_was_tried_is_marked(sweep):
   assert [arm.edge for arm in arms] == [False, True, True]
   judged = verdicts.judge(sweep.claims, arms)
   assert judged[0].verdict == "held" and judged[0].numbers.endswith(
-      "3 seeds; rank=2 is at the edge of what was tried")
-  assert "rank=1 is at" not in "".join(v.numbers for v in judged)
+      "3 seeds; at the edge of what was tried: rank=2")
+  assert "tried: rank=1" not in "".join(v.numbers for v in judged)
 
 
 def test_an_arm_some_of_whose_cells_are_not_done_has_no_verdict(
