@@ -21,7 +21,8 @@ os.environ.setdefault(
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
     str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "xla"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# Workers, commands and, as programs are forgotten, modules have many alike.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.02")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -32,19 +33,24 @@ import pytest
 # takes a twentieth of the time, and more the more programs there are.
 gc.set_threshold(50_000, 20, 20)
 
-# Of memory mappings, of which Linux gives a process 65,530 unless told
-# otherwise. Every program compiled for a CPU has some, and XLA crashes when
-# there are no more.
-MOST = 30_000
+
+@pytest.fixture(scope="session", autouse=True)
+def _imported():
+  """What was imported stays; there is no use in looking at it for garbage."""
+  gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _programs():
-  """Forgets the programs of other modules before there are too many."""
+  """Forgets the programs of other modules.
+
+  Every program compiled for a CPU has memory mappings; with thousands of them a
+  test takes a tenth longer, and XLA crashes when it has the 65,530 that Linux
+  gives a process.
+  """
   yield
-  maps = pathlib.Path("/proc/self/maps")
-  if maps.exists() and len(maps.read_bytes().splitlines()) > MOST:
-    jax.clear_caches()
+  jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture(scope="session")
