@@ -17,8 +17,6 @@ from lora_jax.data import templates
 # Rows to train on, rows held out, and the held-out examples.
 Data = tuple[
     dataset_lib.Dataset, dataset_lib.Dataset | None, list[formats.Example]]
-
-
 # Fields of the data block that `encoded` reads.
 READ = ("path", "format", "split", "rows", "unique", "system")
 
